@@ -1,0 +1,62 @@
+# make demo    train a small GPT with every optimizer here and torch's own; table, plot, JSON
+# make test    the whole suite
+# make bench   the benchmarks with their peers
+# make lint    ruff, mypy, clang-format
+# Each makes the environment .venv first and builds the package; nothing else is needed but Python and a C++ compiler.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
+
+.PHONY: demo test bench lint build clean
+demo: $(VENV)/.demo build
+	$(BIN)/python examples/train_gpt.py
+
+test: $(VENV)/.test build
+	$(BIN)/python tests/run.py
+
+bench: $(VENV)/.bench build
+	$(BIN)/python -m bench adamw
+
+lint: $(VENV)/.dev $(VENV)/.test build
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
+
+build: $(VENV)/.built
+
+clean:
+	rm -rf $(VENV) build dist demo_out python/fusedopt/*.so
+
+$(VENV)/.venv: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "fusedopt needs Python 3.11 or newer: make PYTHON=python3.11"; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { echo "no venv module: apt install python3-venv"; exit 1; }
+	$(PIP) install -q -c constraints.txt setuptools pybind11 cmake ninja numpy
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.venv $(SOURCES)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install -q --no-build-isolation --no-deps -e .
+	@touch $@
+
+# torch first and alone: its CPU build satisfies whatever else asks for torch.
+$(VENV)/.torch: $(VENV)/.venv
+	$(PIP) install -q -c constraints.txt torch
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.torch
+	$(PIP) install -q -c constraints.txt matplotlib rich tqdm
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.torch
+	$(PIP) install -q -c constraints.txt pytest pytest-xdist hypothesis ml_dtypes expecttest matplotlib rich tqdm
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.torch
+	$(PIP) install -q -c constraints.txt matplotlib rich
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.venv
+	$(PIP) install -q -c constraints.txt ruff mypy clang-format build
+	@touch $@

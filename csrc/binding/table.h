@@ -1,0 +1,64 @@
+// Builds the tensor table: checks that a row's arrays fit together and that no two arrays overlap, then packs them.
+#pragma once
+#include <string>
+#include <vector>
+
+#include "binding/arrays.h"
+#include "binding/overlap.h"
+#include "common/tensor_table.h"
+
+namespace fusedopt {
+
+// How messages call the arguments that hold a table's arrays: one name per role, and one for the step counters.
+struct ArgNames {
+  struct Parts {
+    std::string prefix, suffix;
+  };
+  std::vector<Parts> roles;
+  Parts counter;
+
+  ArgName of(int role, int64_t index) const {
+    const Parts& parts = role == kCounter ? counter : roles[role];
+    return {parts.prefix.c_str(), index, parts.suffix.c_str()};
+  }
+};
+
+struct Operand {  // one array in one role; object is nullptr where the row has none
+  PyObject* object;
+  ArrayView view;
+};
+
+class TableBuilder {
+ public:
+  TableBuilder(int roles, unsigned writes) : roles_(roles), writes_(writes) {}
+
+  void clear();
+  // Adds the row of a parameter (role 0) and of what belongs to it, the index-th of its arguments. Throws if shapes or
+  // devices differ or memory can't be written; dtypes are the algorithm's to check. An empty tensor adds nothing.
+  void add(const Operand* operands, const ArgNames* names, int64_t index, int32_t scalars);
+  void add_counter(const ArrayView& counter, const ArgNames* names, int64_t index);
+  // Throws if an array that is written shares memory with another. What passed is remembered.
+  void check_overlap();
+
+  TensorTable table() const;
+
+ private:
+  struct Source {
+    const ArgNames* names;
+    int64_t index;
+  };
+
+  void check(const Operand* operands, const ArgNames& names, int64_t index) const;
+  int64_t add_layout(const Operand* operands, const ArgNames& names, int64_t index);
+  std::string name_of(const Extent& extent) const;
+
+  int roles_;
+  unsigned writes_;
+  std::vector<TensorRow> rows_;
+  std::vector<int64_t> starts_, layouts_;
+  std::vector<Counter> counters_;
+  std::vector<Source> row_sources_, counter_sources_;
+  OverlapGuard guard_;
+};
+
+}  // namespace fusedopt

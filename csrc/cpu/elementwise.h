@@ -1,0 +1,194 @@
+// The element-wise driver: runs a formula over a range of a tensor table's elements.
+//
+// An algorithm is a class with
+//   kRoles, kWrites, kOptional         how many roles; which are written, which may be absent (bit r is role r)
+//   prepare<S>()                       the row's scalars in the arithmetic's number type
+//   formula(x..., scalars)             the update of one pack per role; those of absent roles hold nothing
+//   run(data, n)                       UnitRunner with the codecs of the row's dtypes; false if there is none for them
+//   run_plain(S* const* data, n)       the same where every role is stored as plain S
+// A flat row whose dtypes have a kernel is handed over as it lies. Any other row (strides that differ between roles,
+// gaps, unusual mixes of dtypes) passes through tiles that fit the L1 cache, in the arithmetic's own number type: the
+// same formula on the same values, so the same bits.
+#pragma once
+#include <tuple>
+#include <utility>
+
+#include "common/tensor_table.h"
+#include "cpu/pack_storage.h"
+
+namespace fusedopt::FUSEDOPT_TARGET {
+
+constexpr int64_t kTile = 512;
+
+// Calls f(codec) for the codec that a dtype is stored in.
+template <typename F>
+inline void with_codec(DType dtype, F f) {
+  switch (dtype) {
+    case DType::kFloat32: return f(Float32());
+    case DType::kFloat64: return f(Float64());
+    case DType::kBFloat16: return f(BFloat16());
+    default: return f(Float16());
+  }
+}
+
+// Walks elements [begin, begin + n) of one role in the row's order, as runs along the last dimension:
+// f(offset of the run's first element, stride, length).
+template <typename F>
+inline void for_each_run(const RowLayout& layout, int role, int64_t begin, int64_t n, F f) {
+  const int64_t* strides = layout.strides_of(role);
+  const int64_t last = layout.ndim - 1, length = layout.sizes[last];
+  for (int64_t i = begin; i < begin + n;) {
+    int64_t rest = i / length, offset = 0;
+    for (int64_t d = last - 1; d >= 0; --d) {
+      offset += rest % layout.sizes[d] * strides[d];
+      rest /= layout.sizes[d];
+    }
+    const int64_t at = i % length, run = length - at < begin + n - i ? length - at : begin + n - i;
+    f(offset + at * strides[last], strides[last], run);
+    i += run;
+  }
+}
+
+template <typename S>
+inline void load_tile(const TensorRow& row, const RowLayout& layout, int role, int64_t begin, int64_t n, S* tile) {
+  with_codec(row.dtype[role], [&](auto codec) {
+    using Codec = decltype(codec);
+    const auto* data = static_cast<const typename Codec::Stored*>(row.data[role]);
+    for_each_run(layout, role, begin, n, [&](int64_t offset, int64_t stride, int64_t length) {
+      for (int64_t i = 0; i < length; ++i) *tile++ = S(Codec::decode(data[offset + i * stride]));
+    });
+  });
+}
+
+template <typename S>
+inline void store_tile(const TensorRow& row, const RowLayout& layout, int role, int64_t begin, int64_t n,
+                       const S* tile) {
+  with_codec(row.dtype[role], [&](auto codec) {
+    using Codec = decltype(codec);
+    auto* data = static_cast<typename Codec::Stored*>(row.data[role]);
+    for_each_run(layout, role, begin, n, [&](int64_t offset, int64_t stride, int64_t length) {
+      for (int64_t i = 0; i < length; ++i) data[offset + i * stride] = Codec::encode(*tile++);
+    });
+  });
+}
+
+// Runs an algorithm over n elements that lie one after another in every role, stored as Codecs say.
+template <typename Algorithm, typename... Codecs>
+class UnitRunner {
+ public:
+  using S = typename std::tuple_element_t<0, std::tuple<Codecs...>>::Value;
+  static constexpr int64_t kUnit = 2 * Pack<S>::kLanes;
+
+  // Whole units, and one that ends with the last element: computed first, while its inputs are untouched, and stored
+  // last, so that what it shares with the unit before gets the same bits twice.
+  static void run(const Algorithm& algorithm, void* const* data, int64_t n) {
+    const auto scalars = algorithm.template prepare<S>();
+    if (n < kUnit) return run_padded(scalars, data, n);
+    Roles roles;  // a copy on the stack: stores through the pointers can't change it, so it stays in registers
+    for (int role = 0; role < kRoles; ++role) roles.data[role] = data[role];
+    Unit<S> x[kRoles], last[kRoles];
+    if (n % kUnit) update(scalars, roles, n - kUnit, last, Indices());
+    for (int64_t i = 0; i + kUnit <= n; i += kUnit) {
+      update(scalars, roles, i, x, Indices());
+      store(roles, i, x, Indices());
+    }
+    if (n % kUnit) store(roles, n - kUnit, last, Indices());
+  }
+
+ private:
+  static constexpr int kRoles = Algorithm::kRoles;
+  using Indices = std::make_index_sequence<kRoles>;
+
+  struct Roles {
+    void* data[kRoles];
+    bool has(int role) const { return !(Algorithm::kOptional >> role & 1) || data[role]; }
+  };
+
+  template <typename Scalars, size_t... R>
+  static FUSEDOPT_INLINE void update(const Scalars& scalars, const Roles& roles, int64_t i, Unit<S> (&x)[kRoles],
+                                     std::index_sequence<R...>) {
+    ((roles.has(R) ? Codecs::load(static_cast<const typename Codecs::Stored*>(roles.data[R]) + i, x[R]) : void()),
+     ...);
+    Algorithm::formula(x[R][0]..., scalars);
+    Algorithm::formula(x[R][1]..., scalars);
+  }
+
+  template <size_t... R>
+  static FUSEDOPT_INLINE void store(const Roles& roles, int64_t i, const Unit<S> (&x)[kRoles],
+                                    std::index_sequence<R...>) {
+    ((Algorithm::kWrites >> R & 1 && roles.has(R)
+          ? Codecs::store(static_cast<typename Codecs::Stored*>(roles.data[R]) + i, x[R])
+          : void()),
+     ...);
+  }
+
+  // Fewer elements than a unit: on a copy with zeros behind them.
+  template <typename Scalars>
+  static void run_padded(const Scalars& scalars, void* const* data, int64_t n) {
+    static constexpr int64_t kSizes[] = {sizeof(typename Codecs::Stored)...};
+    alignas(64) char padded[kRoles][kUnit * sizeof(S)] = {};
+    Roles copies = {};
+    for (int role = 0; role < kRoles; ++role)
+      if (data[role]) copies.data[role] = memcpy(padded[role], data[role], n * kSizes[role]);
+    Unit<S> x[kRoles];
+    update(scalars, copies, 0, x, Indices());
+    store(copies, 0, x, Indices());
+    for (int role = 0; role < kRoles; ++role)
+      if (data[role] && (Algorithm::kWrites >> role & 1)) memcpy(data[role], padded[role], n * kSizes[role]);
+  }
+};
+
+template <typename S, typename Algorithm>
+inline void run_through_tiles(const Algorithm& algorithm, const TensorRow& row, const RowLayout& layout, int64_t begin,
+                              int64_t end) {
+  alignas(64) S tiles[kMaxRoles][kTile];
+  for (int64_t at = begin; at < end; at += kTile) {
+    const int64_t n = end - at < kTile ? end - at : kTile;
+    S* data[kMaxRoles] = {};
+    for (int role = 0; role < Algorithm::kRoles; ++role) {
+      if (!row.data[role]) continue;
+      data[role] = tiles[role];
+      load_tile(row, layout, role, at, n, tiles[role]);
+    }
+    algorithm.run_plain(data, n);
+    for (int role = 0; role < Algorithm::kRoles; ++role)
+      if (row.data[role] && (Algorithm::kWrites >> role & 1)) store_tile(row, layout, role, at, n, tiles[role]);
+  }
+}
+
+template <typename Algorithm>
+inline void run_row(const Algorithm& algorithm, const TensorTable& table, const TensorRow& row, int64_t begin,
+                    int64_t end) {
+  if (row.layout == kFlat) {
+    void* data[kMaxRoles] = {};
+    for (int role = 0; role < Algorithm::kRoles; ++role)
+      if (row.data[role]) data[role] = static_cast<char*>(row.data[role]) + begin * size_of(row.dtype[role]);
+    if (algorithm.run(data, end - begin)) return;
+  }
+  // A flat row in strides: one dimension of numel elements, stride 1 in every role.
+  int64_t flat[2 + kMaxRoles] = {1, row.numel};
+  for (int role = 0; role < kMaxRoles; ++role) flat[2 + role] = 1;
+  const RowLayout layout(row.layout == kFlat ? flat : table.layouts + row.layout);
+  if (row.dtype[0] == DType::kFloat64)
+    run_through_tiles<double>(algorithm, row, layout, begin, end);
+  else
+    run_through_tiles<float>(algorithm, row, layout, begin, end);
+}
+
+// make(row) builds the algorithm for a row.
+template <typename Make>
+inline void run_elements(const TensorTable& table, int64_t begin, int64_t end, Make make) {
+  int64_t low = 0, high = table.size;  // the last row that starts at or before begin
+  while (high - low > 1) {
+    const int64_t middle = low + (high - low) / 2;
+    (table.starts[middle] <= begin ? low : high) = middle;
+  }
+  for (int64_t r = low; r < table.size && table.starts[r] < end; ++r) {
+    const TensorRow& row = table.rows[r];
+    const int64_t from = begin > table.starts[r] ? begin - table.starts[r] : 0;
+    const int64_t to = end < table.starts[r + 1] ? end - table.starts[r] : row.numel;
+    run_row(make(row), table, row, from, to);
+  }
+}
+
+}  // namespace fusedopt::FUSEDOPT_TARGET

@@ -1,0 +1,70 @@
+// AdamW, one coordinate (Loshchilov & Hutter, arXiv:1711.05101; decay as in torch.optim.AdamW).
+//
+//   g <- ± g / grad_scale                    (maximize, loss scaling)
+//   m <- b1 m + (1 - b1) g                   v <- b2 v + (1 - b2) g^2
+//   p <- p (1 - lr wd) - lr/c1 * m / (sqrt(v)/sqrt(c2) + eps),   c_i = 1 - b_i^step
+//   amsgrad: the root is taken of u <- max(u, v) instead (Reddi et al., arXiv:1904.09237)
+//
+// Memory traffic: reads p g m v, writes p m v = 28 bytes per element in fp32, 14 in bf16 (amsgrad: 36, 18).
+#pragma once
+#include "math/power.h"
+#include "math/value.h"
+
+namespace fusedopt {
+
+struct AdamWRole {
+  enum { kParam, kGrad, kExpAvg, kExpAvgSq, kMaxExpAvgSq, kCount };
+};
+
+struct AdamWOptions {  // one tensor's hyperparameters, as the user gave them
+  double lr, beta1, beta2, eps, weight_decay;
+  bool maximize, amsgrad;
+};
+
+template <typename S>
+struct AdamWScalars {  // the same for every coordinate of one tensor; computed in double, then rounded once
+  S lerp_weight;  // 1 - b1, or -b1 where the gradient is the nearer end (b1 < 1/2)
+  S beta2, one_minus_beta2, eps;
+  S decay;       // 1 - lr * weight_decay
+  S step_size;   // lr / c1
+  S inv_sqrt_c2;
+  S grad_factor;  // ±1 / grad_scale
+  bool lerp_from_grad, amsgrad;
+
+  template <typename T>
+  HOST_DEVICE AdamWScalars<T> as() const {
+    return {T(lerp_weight), T(beta2),       T(one_minus_beta2), T(eps),        T(decay),
+            T(step_size),   T(inv_sqrt_c2), T(grad_factor),     lerp_from_grad, amsgrad};
+  }
+};
+
+}  // namespace fusedopt
+
+namespace fusedopt::FUSEDOPT_TARGET {
+
+HOST_DEVICE inline AdamWScalars<double> adamw_scalars(const AdamWOptions& o, int64_t step, double inv_grad_scale) {
+  const bool from_grad = o.beta1 < 0.5;
+  return {from_grad ? -o.beta1 : 1.0 - o.beta1,
+          o.beta2,
+          1.0 - o.beta2,
+          o.eps,
+          1.0 - o.lr * o.weight_decay,
+          o.lr / bias_correction(o.beta1, step),
+          1.0 / sqrt(bias_correction(o.beta2, step)),
+          o.maximize ? -inv_grad_scale : inv_grad_scale,
+          from_grad,
+          o.amsgrad};
+}
+
+template <typename V, typename S>  // V: float, double, or a pack of them; u is left alone without amsgrad
+HOST_DEVICE FUSEDOPT_INLINE void adamw(V& p, V g, V& m, V& v, V& u, const AdamWScalars<S>& k) {
+  g = g * V(k.grad_factor);
+  m = fma(V(k.lerp_weight), g - m, k.lerp_from_grad ? g : m);  // no cancellation, and m = g stays put exactly
+  v = fma(V(k.beta2), v, V(k.one_minus_beta2) * (g * g));      // (1-b2)*(g*g), as blockwise Adam has it: same bits
+  V largest = v;
+  if (k.amsgrad) largest = u = maximum(u, v);
+  const V denominator = fma(sqrt(largest), V(k.inv_sqrt_c2), V(k.eps));
+  p = fma(V(-k.step_size), m / denominator, p * V(k.decay));
+}
+
+}  // namespace fusedopt::FUSEDOPT_TARGET

@@ -1,0 +1,128 @@
+"""Which backends exist here, why one is missing, and which one a call gets.
+
+An operation registers itself with a launcher per backend (see ``steps/adamw.py``); nothing here
+knows any of them by name.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fusedopt import _C
+
+NAMES = ("cpu", "cuda", "triton", "reference")
+
+# Which of "cuda" and "triton" runs an operation on a GPU when the caller does not say, by
+# operation and architecture; filled in by measurement on that architecture.
+GPU_DEFAULT: dict[tuple[str, str], str] = {}
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A public operation: its launcher on each backend and the dtypes it takes."""
+
+    name: str
+    launchers: dict[str, Callable[..., Any]]
+    dtypes: frozenset[str]
+
+
+_operations: dict[str, Operation] = {}
+
+
+def register(operation: Operation) -> Operation:
+    """Make an operation known to ``supports`` and ``env``."""
+    _operations[operation.name] = operation
+    return operation
+
+
+def why_missing(backend: str) -> str:
+    """Why a backend can't run on this machine; empty if it can."""
+    if backend == "cuda":
+        if not _C.built_with_cuda:
+            return f"built without CUDA kernels ({_C.cuda_decision})"
+        return "no kernel launches on a GPU in this version"
+    if backend == "triton":
+        return "no Triton kernel in this version"
+    return ""
+
+
+def device_type(array: Any) -> str:
+    """``"cpu"``, ``"cuda"`` or what else the array says its device is."""
+    device = getattr(array, "device", None)
+    if hasattr(device, "type"):
+        return str(device.type)
+    if hasattr(array, "__dlpack_device__"):
+        kind = int(array.__dlpack_device__()[0])
+        return {1: "cpu", 2: "cuda", 3: "cpu"}.get(kind, f"DLPack device type {kind}")
+    return "cpu"
+
+
+def choose(operation: Operation, backend: str | None, arrays: Sequence[Any]) -> str:
+    """The name of the backend that a call gets: the one asked for, or the arrays' own.
+
+    Raises:
+        ValueError: no such backend, or the operation has no kernel for it.
+        RuntimeError: the backend can't run here; the message says why.
+    """
+    if backend is None:
+        device = device_type(arrays[0]) if len(arrays) else "cpu"
+        if device not in ("cpu", "cuda"):
+            raise ValueError(f"{operation.name}: arrays are on {device!r}, expected cpu or cuda")
+        backend = "cpu" if device == "cpu" else "cuda"
+    if backend not in NAMES:
+        raise ValueError(f"backend is {backend!r}, expected one of {', '.join(NAMES)} or None")
+    missing = why_missing(backend)
+    if missing:
+        raise RuntimeError(f"backend {backend!r} is not available: {missing}")
+    if backend not in operation.launchers:
+        raise ValueError(f"{operation.name} has no kernel on backend {backend!r}")
+    return backend
+
+
+def supports(
+    op: str,
+    backend: str | None = None,
+    dtypes: Iterable[Any] = (),
+    device: str = "cpu",
+) -> tuple[bool, str]:
+    """Whether an operation can run here.
+
+    Args:
+        op: a public name, such as ``"adamw_step"``.
+        backend: one of ``"cpu" | "cuda" | "triton" | "reference"``; ``None`` follows ``device``.
+        dtypes: dtypes of torch or NumPy, or their names.
+        device: ``"cpu"`` or ``"cuda"``.
+
+    Returns:
+        ``(True, "")``, or ``(False, why)``.
+    """
+    if op not in _operations:
+        return False, f"no operation {op!r}; there are: {', '.join(sorted(_operations))}"
+    operation = _operations[op]
+    kind = str(device).split(":")[0]
+    if kind not in ("cpu", "cuda"):
+        return False, f"device is {device!r}, expected cpu or cuda"
+    name = backend or kind
+    if name not in NAMES:
+        return False, f"backend is {name!r}, expected one of {', '.join(NAMES)}"
+    if (name == "cpu") != (kind == "cpu") and name != "reference":
+        return False, f"backend {name!r} does not run on device {kind!r}"
+    if missing := why_missing(name):
+        return False, f"backend {name!r} is not available: {missing}"
+    if name not in operation.launchers:
+        return False, f"{op} has no kernel on backend {name!r}"
+    for dtype in dtypes:
+        if dtype_name(dtype) not in operation.dtypes:
+            return False, f"{op} does not take {dtype_name(dtype)}"
+    return True, ""
+
+
+def dtype_name(dtype: Any) -> str:
+    """``"float32"`` for ``torch.float32``, ``numpy.float32``, ``numpy.dtype("f4")``, ``"float32"``."""
+    text = getattr(dtype, "name", None) or getattr(dtype, "__name__", None) or str(dtype)
+    return str(text).rsplit(".", 1)[-1]
+
+
+def table() -> dict[str, str]:
+    """Every backend, with ``"available"`` or why it is not."""
+    return {name: why_missing(name) or "available" for name in NAMES}

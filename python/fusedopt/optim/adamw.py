@@ -1,0 +1,150 @@
+"""AdamW as a drop-in for ``torch.optim.AdamW``."""
+
+from collections.abc import Callable
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedopt import _C
+from fusedopt.optim import _state
+from fusedopt.steps.adamw import param_groups_step
+
+MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+
+
+class AdamW(torch.optim.AdamW):
+    """``torch.optim.AdamW`` on fusedopt's kernels.
+
+    Arguments, their order, defaults and meaning, ``state_dict`` and its keys are torch's, and
+    checkpoints load both ways. All parameters of all groups are updated in one pass; nothing is
+    written before everything has been checked.
+
+    Args:
+        params, lr, betas, eps, weight_decay, amsgrad, maximize: as ``torch.optim.AdamW``.
+        foreach, capturable: accepted and kept; there is one implementation here.
+        fused: accepted and kept. As in torch, ``fused=True`` makes ``torch.amp.GradScaler`` leave
+            unscaling and the skipping of bad steps to the kernel.
+        differentiable: refused: a fused kernel has no graph to differentiate.
+        state_dtype: ``torch.float32`` or ``torch.bfloat16`` for both moments; ``None`` (default)
+            keeps each parameter's own dtype, as torch does.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as torch for its arguments; at ``step``, a parameter,
+            gradient or state that kernels can't take, by name.
+
+    Source: Loshchilov & Hutter, arXiv:1711.05101.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        state_dtype: torch.dtype | None = None,
+    ) -> None:
+        if state_dtype not in (None, torch.float32, torch.bfloat16):
+            raise ValueError(
+                f"state_dtype is {state_dtype!r}, expected torch.float32, torch.bfloat16 or None"
+            )
+        super().__init__(
+            params,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            amsgrad=amsgrad,
+            maximize=maximize,
+            foreach=foreach,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+        )
+        self.defaults["state_dtype"] = state_dtype
+        for group in self.param_groups:
+            group.setdefault("state_dtype", state_dtype)
+            _refuse_differentiable(group)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        _refuse_differentiable(self.param_groups[-1])
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("state_dtype", self.defaults.get("state_dtype"))
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a ``state_dict`` of this class or of ``torch.optim.AdamW``.
+
+        torch casts every state to its parameter's dtype; here ``state_dtype`` decides, and states
+        that already have it keep their bits.
+        """
+        final: list[dict[str, Any]] = []
+        handle = self.register_load_state_dict_pre_hook(lambda _, loaded: final.append(loaded))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+        self._restore_state_dtypes(final[0])
+
+    def _restore_state_dtypes(self, state_dict: dict[str, Any]) -> None:
+        ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        owners = [(group, p) for group in self.param_groups for p in group["params"]]
+        for index, (group, p) in zip(ids, owners, strict=True):
+            saved = state_dict["state"].get(index, {})
+            wanted = _state._state_dtype(p, group["state_dtype"])
+            for key in MOMENTS:
+                if key in saved and self.state[p][key].dtype != wanted:
+                    self.state[p][key] = saved[key].to(device=p.device, dtype=wanted, copy=True)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Update every parameter that has a gradient.
+
+        Args:
+            closure: called first with gradients enabled; its loss is returned.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if "_plan" not in self.__dict__:  # not part of the state: rebuilt after a copy or a load
+            self._plan = _C.AdamWPlan()
+        param_groups_step(
+            self.param_groups,
+            self.state,
+            self._init_state,
+            self._plan,
+            grad_scale=getattr(self, "grad_scale", None),
+            found_inf=getattr(self, "found_inf", None),
+        )
+        return loss
+
+    def _init_state(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        counter = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+        if group["fused"]:
+            counter = torch.float32
+        steps = _state.step_counters(len(params), counter, torch.device("cpu"))
+        keys = MOMENTS if group["amsgrad"] else MOMENTS[:2]
+        moments = [_state.zeros_like(params, group["state_dtype"]) for _ in keys]
+        for p, step, *states in zip(params, steps, *moments, strict=True):
+            self.state[p].update(step=step, **dict(zip(keys, states, strict=True)))
+
+
+def _refuse_differentiable(group: dict[str, Any]) -> None:
+    if group["differentiable"]:
+        raise ValueError(
+            "differentiable is True, but a fused kernel has no graph to differentiate; "
+            "use torch.optim.AdamW"
+        )

@@ -1,0 +1,86 @@
+"""AdamW in float64 NumPy: what every backend is tested against."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+
+class AdamWResult(NamedTuple):
+    """New arrays, in the order of the arguments."""
+
+    params: list[NDArray[np.float64]]
+    exp_avgs: list[NDArray[np.float64]]
+    exp_avg_sqs: list[NDArray[np.float64]]
+    max_exp_avg_sqs: list[NDArray[np.float64]] | None
+
+
+def adamw_step(
+    params: Sequence[ArrayLike],
+    grads: Sequence[ArrayLike],
+    exp_avgs: Sequence[ArrayLike],
+    exp_avg_sqs: Sequence[ArrayLike],
+    *,
+    step: int | Sequence[int],
+    lr: float | Sequence[float] = 1e-3,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float | Sequence[float] = 1e-2,
+    max_exp_avg_sqs: Sequence[ArrayLike] | None = None,
+    maximize: bool = False,
+    grad_scale: float | None = None,
+    found_inf: float | None = None,
+) -> AdamWResult:
+    """One step of AdamW as a pure function.
+
+    Arguments as ``fusedopt.adamw_step``, as anything NumPy can convert; complex arrays are updated
+    as pairs of reals. ``step``, ``lr`` and ``weight_decay``: one for all, or one per tensor.
+
+    Source: Loshchilov & Hutter, arXiv:1711.05101, in the form of ``torch.optim.AdamW``.
+    """
+    count = len(params)
+    steps, rates, decays = (_each(x, count) for x in (step, lr, weight_decay))
+    maxima = [None] * count if max_exp_avg_sqs is None else max_exp_avg_sqs
+    sign = (-1.0 if maximize else 1.0) / (grad_scale or 1.0)
+    result = AdamWResult([], [], [], None if max_exp_avg_sqs is None else [])
+    for i in range(count):
+        p, g, m, v = (_reals(x[i]) for x in (params, grads, exp_avgs, exp_avg_sqs))
+        u = None if maxima[i] is None else _reals(maxima[i])
+        if not found_inf:
+            p, m, v, u = _update(
+                p, sign * g, m, v, u, int(steps[i]), rates[i], betas, eps, decays[i]
+            )
+        like = np.asarray(params[i])
+        result.params.append(_like(p, like))
+        result.exp_avgs.append(_like(m, like))
+        result.exp_avg_sqs.append(_like(v, like))
+        if result.max_exp_avg_sqs is not None:
+            result.max_exp_avg_sqs.append(_like(u, like))
+    return result
+
+
+def _update(p, g, m, v, u, step, lr, betas, eps, weight_decay):  # type: ignore[no-untyped-def]
+    beta1, beta2 = betas
+    m = beta1 * m + (1 - beta1) * g
+    v = beta2 * v + (1 - beta2) * g * g
+    u = None if u is None else np.maximum(u, v)
+    root = np.sqrt(v if u is None else u) / np.sqrt(1 - beta2**step)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        p = p * (1 - lr * weight_decay) - lr / (1 - beta1**step) * m / (root + eps)
+    return p, m, v, u
+
+
+def _each(value, count):  # type: ignore[no-untyped-def]
+    return list(value) if np.ndim(value) else [value] * count
+
+
+def _reals(array: ArrayLike) -> NDArray[np.float64]:
+    values = np.asarray(array)
+    if values.dtype.kind == "c":
+        return np.stack([values.real, values.imag], axis=-1).astype(np.float64)
+    return values.astype(np.float64)
+
+
+def _like(reals, array):  # type: ignore[no-untyped-def]
+    return reals[..., 0] + 1j * reals[..., 1] if array.dtype.kind == "c" else reals
