@@ -37,7 +37,9 @@ class CMakeBuild(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         out = Path(self.get_ext_fullpath(ext.name)).resolve().parent
-        build = Path(self.build_temp).resolve()
+        # An editable install rebuilds what changed; its own temporary folder would start over.
+        kept = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+        build = kept if self.editable_mode else Path(self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)
         cuda, why = cuda_decision()
         print(f"fusedopt: CUDA kernels {why}", flush=True)

@@ -1,6 +1,8 @@
 // AdamW's side of the binding: reads the arrays, packs the table with its scalars, and launches.
 #include "binding/adamw.h"
 
+#include <pybind11/stl.h>
+
 #include <deque>
 
 #include "binding/param_groups.h"
@@ -22,6 +24,8 @@ class AdamWPlan {
  public:
   void begin(double grad_scale) {
     clear();
+    owners_.rewind();
+    trail_.rewind();
     inv_grad_scale_ = 1.0 / grad_scale;
   }
 
@@ -39,16 +43,22 @@ class AdamWPlan {
     cpu::launch_adamw(table, scalars_.data(), threads);
   }
   void check() {
+    owners_.drop_rest();
     builder_.check_overlap();
   }
-  py::list updated() const { return updated_; }
+  // The parameters of all groups added that have a gradient.
+  py::list updated() const {
+    py::list params(updated_.size());
+    for (size_t i = 0; i < updated_.size(); ++i) PyList_SET_ITEM(params.ptr(), i, Py_NewRef(updated_[i]));
+    return params;
+  }
   void clear() {
     builder_.clear();
     counters_.clear();
     reader_.clear();
     scalars_.clear();
     names_.clear();
-    updated_ = py::list();
+    updated_.clear();
     held_.clear();
   }
 
@@ -73,12 +83,14 @@ class AdamWPlan {
   double inv_grad_scale_ = 1;
   std::deque<ArgNames> names_;
   std::vector<py::object> held_;  // gradients, alive until the launch is over
-  py::list updated_;
+  std::vector<PyObject*> updated_;  // borrowed from the groups' lists
+  SecondOwners owners_;
+  Trail trail_;
 };
 
 bool equal(const AdamWOptions& a, const AdamWOptions& b) {
   return a.lr == b.lr && a.beta1 == b.beta1 && a.beta2 == b.beta2 && a.eps == b.eps &&
-         a.weight_decay == b.weight_decay && a.maximize == b.maximize && a.amsgrad == b.amsgrad;
+         a.weight_decay == b.weight_decay && a.maximize == b.maximize;
 }
 
 // Tensors of the same options and step, as nearly all are, share one entry.
@@ -142,8 +154,7 @@ void AdamWPlan::add_lists(const py::sequence& params, const py::sequence& grads,
     }
     const int64_t t = listed ? read_step(py::object(py::sequence(step)[i]).ptr(), &names, int64_t(i)) : number;
     add_row(operands, &names, int64_t(i),
-            {lr[lr.size() > 1 ? i : 0], beta1, beta2, eps, weight_decay[weight_decay.size() > 1 ? i : 0], maximize,
-             amsgrad},
+            {lr[lr.size() > 1 ? i : 0], beta1, beta2, eps, weight_decay[weight_decay.size() > 1 ? i : 0], maximize},
             t);
   }
 }
@@ -172,12 +183,13 @@ py::list AdamWPlan::add_group(int64_t group, const py::list& params, const py::d
                  {prefix, "'s state 'exp_avg_sq'"},
                  {prefix, "'s state 'max_exp_avg_sq'"}};
   names.counter = {prefix, "'s state 'step'"};
-  const AdamWOptions options = {lr, beta1, beta2, eps, weight_decay, maximize, amsgrad};
+  const AdamWOptions options = {lr, beta1, beta2, eps, weight_decay, maximize};
   const StateKeys& keys = state_keys();
   DictCursor states(state.ptr());
   py::list missing;
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params.ptr()); ++i) {
     PyObject* param = PyList_GET_ITEM(params.ptr(), i);
+    trail_.advance();
     py::object grad = grad_of_(param);
     PyObject* entry = states.find(param);
     if (grad.is_none()) continue;
@@ -185,20 +197,32 @@ py::list AdamWPlan::add_group(int64_t group, const py::list& params, const py::d
       missing.append(py::handle(param));
       continue;
     }
+    DictCursor states_of_param(entry);
     const auto state_of = [&](PyObject* key, int role) {
-      PyObject* value = PyDict_GetItemWithError(entry, key);
+      PyObject* value = states_of_param.find(key);
       if (!value) throw py::key_error(names.of(role, i).str() + " is missing");
       return value;
     };
     Operand operands[Role::kCount] = {};
     operands[Role::kParam].object = param;
     operands[Role::kGrad].object = grad.ptr();
+    PyObject* counter = state_of(keys.step, kCounter);
     operands[Role::kExpAvg].object = state_of(keys.exp_avg, Role::kExpAvg);
     operands[Role::kExpAvgSq].object = state_of(keys.exp_avg_sq, Role::kExpAvgSq);
     if (amsgrad) operands[Role::kMaxExpAvgSq].object = state_of(keys.max_exp_avg_sq, Role::kMaxExpAvgSq);
-    add_row(operands, &names, i, options, read_step(state_of(keys.step, kCounter), &names, i));
+    for (int role = Role::kExpAvg; role < Role::kCount - !amsgrad; ++role)
+      owners_.keep(reader_, operands[role].object);
+    owners_.keep(reader_, counter);
+    const int64_t step = read_step(counter, &names, i);
+    add_row(operands, &names, i, options, step);
+    trail_.visit(counter);
+    trail_.visit(entry);
+    trail_.visit(reinterpret_cast<PyDictObject*>(entry)->ma_keys);
+    trail_.visit(reinterpret_cast<char*>(reinterpret_cast<PyDictObject*>(entry)->ma_keys) + 64);
+    for (const Operand& operand : operands)
+      if (operand.object) trail_.visit_tensor(operand.object, operand.view.shape);
     held_.push_back(std::move(grad));
-    updated_.append(py::handle(param));
+    updated_.push_back(param);
   }
   return missing;
 }

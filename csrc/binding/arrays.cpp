@@ -65,9 +65,7 @@ void ArrayReader::clear() {
   objects_.clear();
 }
 
-const ArrayReader::Source& ArrayReader::source_of(PyTypeObject* type) {
-  for (const Source& known : sources_)
-    if (known.type == type) return last_ = known;
+const ArrayReader::Source& ArrayReader::add_source(PyTypeObject* type) {
   Source source;
   source.type = type;
   Py_INCREF(type);  // kept for the life of the process, so that no other type can come to lie at its address
@@ -80,8 +78,7 @@ const ArrayReader::Source& ArrayReader::source_of(PyTypeObject* type) {
     if (api && api->tensor_from_object) source.exchange = api;
   }
   source.torch_like = py::hasattr(handle, "data_ptr") && py::hasattr(handle, "stride");
-  sources_.push_back(source);
-  return last_ = source;
+  return sources_.emplace_back(source);
 }
 
 void ArrayReader::adopt(const dlpack::Tensor& tensor, bool read_only, PyObject* array, const ArgName& name,
@@ -212,6 +209,28 @@ void ArrayReader::read_capsule(PyObject* array, const ArgName& name, ArrayView* 
   adopt(managed->tensor, false, array, name, view);
 } catch (py::error_already_set& error) {
   refuse(name, array, "can't be read: " + text(error.value()));
+}
+
+dlpack::ManagedTensorVersioned* ArrayReader::own(PyObject* array) {
+  const Source& source = source_of(Py_TYPE(array));
+  dlpack::ManagedTensorVersioned* tensor = nullptr;
+  if (source.exchange && source.exchange->managed_from_object &&
+      source.exchange->managed_from_object(array, &tensor) != 0) {
+    PyErr_Clear();  // it will be read with one owner
+    return nullptr;
+  }
+  return tensor;
+}
+
+void SecondOwners::replace(ArrayReader& reader, PyObject* array) {
+  resize(next_);
+  owners_.push_back({array, reader.own(array)});
+  ++next_;
+}
+
+void SecondOwners::resize(size_t size) {
+  for (; owners_.size() > size; owners_.pop_back())
+    if (dlpack::ManagedTensorVersioned* tensor = owners_.back().tensor) tensor->deleter(tensor);
 }
 
 }  // namespace fusedopt

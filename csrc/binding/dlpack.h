@@ -45,7 +45,7 @@ struct ExchangeApi {
   Version version;
   const ExchangeApi* previous;
   void* allocate;
-  void* managed_from_object;
+  int (*managed_from_object)(void* object, ManagedTensorVersioned** out);  // owned
   void* object_from_managed;
   int (*tensor_from_object)(void* object, Tensor* out);  // borrowed, valid while the object is; may be nullptr
   int (*current_work_stream)(int32_t device_type, int32_t device_id, void** stream);

@@ -55,4 +55,46 @@ class DictCursor {
   PyObject *key_ = nullptr, *value_ = nullptr;
 };
 
+// Remembers where a walk's objects lay and has them fetched into the cache a few rows ahead of the next walk. Thousands
+// of parameters' objects do not survive a step in the cache, and following their pointers one miss after another would
+// cost more than the update. Addresses are only prefetched, never read: what has moved meanwhile costs nothing but time.
+class Trail {
+ public:
+  void rewind() {
+    end_ = next_;
+    next_ = 0;
+  }
+  // The next row begins.
+  void advance() {
+    if (next_ + kAhead < end_)
+      for (const void* address : rows_[next_ + kAhead].addresses) __builtin_prefetch(address);
+    if (next_ == rows_.size()) rows_.emplace_back();
+    row_ = &rows_[next_++];
+    used_ = 0;
+  }
+  void visit(const void* address) {
+    if (used_ < kAddresses) row_->addresses[used_++] = address;
+  }
+  // A tensor and the cache lines around its shape, which torch keeps within its own object.
+  void visit_tensor(const void* object, const int64_t* shape) {
+    const char* line = reinterpret_cast<const char*>(shape);
+    visit(object);
+    visit(line - 64);
+    visit(line);
+    visit(line + 64);
+  }
+
+ private:
+  static constexpr size_t kAhead = 6;
+  static constexpr int kAddresses = 24;
+  struct Row {
+    const void* addresses[kAddresses] = {};
+  };
+
+  std::vector<Row> rows_;
+  Row* row_ = nullptr;
+  size_t next_ = 0, end_ = 0;
+  int used_ = 0;
+};
+
 }  // namespace fusedopt

@@ -22,14 +22,19 @@ class AdamW {
   AdamW(const TensorRow& row, const AdamWScalars<double>& scalars) : row_(row), scalars_(scalars) {}
 
   template <typename S>
-  AdamWScalars<S> prepare() const {
-    return scalars_.as<S>();
+  AdamWScalars<Pack<S>> prepare() const {
+    return scalars_.as<Pack<S>>();
   }
 
   template <typename S>
-  static FUSEDOPT_INLINE void formula(Pack<S>& param, Pack<S> grad, Pack<S>& exp_avg, Pack<S>& exp_avg_sq,
-                                      Pack<S>& max_exp_avg_sq, const AdamWScalars<S>& k) {
-    adamw(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, k);
+  static FUSEDOPT_INLINE void begin(Pack<S>&, Pack<S> grad, Pack<S>& exp_avg, Pack<S>& exp_avg_sq,
+                                    Pack<S>& max_exp_avg_sq, bool amsgrad, const AdamWScalars<Pack<S>>& k) {
+    adamw_moments(grad, exp_avg, exp_avg_sq, max_exp_avg_sq, amsgrad, k);
+  }
+  template <typename S>
+  static FUSEDOPT_INLINE void finish(Pack<S>& param, Pack<S>, Pack<S> exp_avg, Pack<S> exp_avg_sq,
+                                     Pack<S> max_exp_avg_sq, bool amsgrad, const AdamWScalars<Pack<S>>& k) {
+    adamw_param(param, exp_avg, exp_avg_sq, max_exp_avg_sq, amsgrad, k);
   }
 
   bool run(void* const* data, int64_t n) const {

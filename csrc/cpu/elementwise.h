@@ -2,8 +2,9 @@
 //
 // An algorithm is a class with
 //   kRoles, kWrites, kOptional         how many roles; which are written, which may be absent (bit r is role r)
-//   prepare<S>()                       the row's scalars in the arithmetic's number type
-//   formula(x..., scalars)             the update of one pack per role; those of absent roles hold nothing
+//   prepare<S>()                       the row's scalars, each in a pack of S
+//   begin, finish(x..., complete, scalars)  the update of one pack per role, in two halves with the long latencies in
+//                                      the second; complete: optional roles are there
 //   run(data, n)                       UnitRunner with the codecs of the row's dtypes; false if there is none for them
 //   run_plain(S* const* data, n)       the same where every role is stored as plain S
 // A flat row whose dtypes have a kernel is handed over as it lies. Any other row (strides that differ between roles,
@@ -83,16 +84,9 @@ class UnitRunner {
   // last, so that what it shares with the unit before gets the same bits twice.
   static void run(const Algorithm& algorithm, void* const* data, int64_t n) {
     const auto scalars = algorithm.template prepare<S>();
-    if (n < kUnit) return run_padded(scalars, data, n);
-    Roles roles;  // a copy on the stack: stores through the pointers can't change it, so it stays in registers
-    for (int role = 0; role < kRoles; ++role) roles.data[role] = data[role];
-    Unit<S> x[kRoles], last[kRoles];
-    if (n % kUnit) update(scalars, roles, n - kUnit, last, Indices());
-    for (int64_t i = 0; i + kUnit <= n; i += kUnit) {
-      update(scalars, roles, i, x, Indices());
-      store(roles, i, x, Indices());
-    }
-    if (n % kUnit) store(roles, n - kUnit, last, Indices());
+    bool complete = true;
+    for (int role = 0; role < kRoles; ++role) complete &= data[role] != nullptr;
+    complete ? run_roles<true>(scalars, data, n) : run_roles<false>(scalars, data, n);
   }
 
  private:
@@ -101,29 +95,64 @@ class UnitRunner {
 
   struct Roles {
     void* data[kRoles];
-    bool has(int role) const { return !(Algorithm::kOptional >> role & 1) || data[role]; }
   };
 
-  template <typename Scalars, size_t... R>
-  static FUSEDOPT_INLINE void update(const Scalars& scalars, const Roles& roles, int64_t i, Unit<S> (&x)[kRoles],
-                                     std::index_sequence<R...>) {
-    ((roles.has(R) ? Codecs::load(static_cast<const typename Codecs::Stored*>(roles.data[R]) + i, x[R]) : void()),
-     ...);
-    Algorithm::formula(x[R][0]..., scalars);
-    Algorithm::formula(x[R][1]..., scalars);
+  template <bool kComplete, typename Scalars>
+  static void run_roles(const Scalars& scalars, void* const* data, int64_t n) {
+    if (n < kUnit) return run_padded<kComplete>(scalars, data, n);
+    const Scalars k = scalars;  // copies that no store through the pointers can reach, so they stay in registers
+    Roles roles;
+    for (int role = 0; role < kRoles; ++role) roles.data[role] = data[role];
+    Unit<S> last[kRoles], x[kRoles], next[kRoles];
+    if (n % kUnit) {
+      begin<kComplete>(k, roles, n - kUnit, last, Indices());
+      finish<kComplete>(k, last, Indices());
+    }
+    // Pipelined: each unit begins before the one ahead of it finishes. In program order a unit would wait out its root
+    // and division alone, since a core looks only some 250 instructions ahead.
+    const int64_t end = n - n % kUnit;
+    begin<kComplete>(k, roles, 0, x, Indices());
+    for (int64_t i = 0; i < end; i += kUnit) {
+      if (i + kUnit < end) begin<kComplete>(k, roles, i + kUnit, next, Indices());
+      finish<kComplete>(k, x, Indices());
+      store<kComplete>(roles, i, x, Indices());
+      for (int role = 0; role < kRoles; ++role) x[role][0] = next[role][0], x[role][1] = next[role][1];
+    }
+    if (n % kUnit) store<kComplete>(roles, n - kUnit, last, Indices());
   }
 
-  template <size_t... R>
+  template <bool kComplete>
+  static constexpr bool has(int role) {
+    return kComplete || !(Algorithm::kOptional >> role & 1);
+  }
+
+  template <bool kComplete, typename Scalars, size_t... R>
+  static FUSEDOPT_INLINE void begin(const Scalars& scalars, const Roles& roles, int64_t i, Unit<S> (&x)[kRoles],
+                                    std::index_sequence<R...>) {
+    ((has<kComplete>(R) ? Codecs::load(static_cast<const typename Codecs::Stored*>(roles.data[R]) + i, x[R])
+                        : void()),
+     ...);
+    Algorithm::begin(x[R][0]..., kComplete, scalars);
+    Algorithm::begin(x[R][1]..., kComplete, scalars);
+  }
+
+  template <bool kComplete, typename Scalars, size_t... R>
+  static FUSEDOPT_INLINE void finish(const Scalars& scalars, Unit<S> (&x)[kRoles], std::index_sequence<R...>) {
+    Algorithm::finish(x[R][0]..., kComplete, scalars);
+    Algorithm::finish(x[R][1]..., kComplete, scalars);
+  }
+
+  template <bool kComplete, size_t... R>
   static FUSEDOPT_INLINE void store(const Roles& roles, int64_t i, const Unit<S> (&x)[kRoles],
                                     std::index_sequence<R...>) {
-    ((Algorithm::kWrites >> R & 1 && roles.has(R)
+    ((Algorithm::kWrites >> R & 1 && has<kComplete>(R)
           ? Codecs::store(static_cast<typename Codecs::Stored*>(roles.data[R]) + i, x[R])
           : void()),
      ...);
   }
 
   // Fewer elements than a unit: on a copy with zeros behind them.
-  template <typename Scalars>
+  template <bool kComplete, typename Scalars>
   static void run_padded(const Scalars& scalars, void* const* data, int64_t n) {
     static constexpr int64_t kSizes[] = {sizeof(typename Codecs::Stored)...};
     alignas(64) char padded[kRoles][kUnit * sizeof(S)] = {};
@@ -131,8 +160,9 @@ class UnitRunner {
     for (int role = 0; role < kRoles; ++role)
       if (data[role]) copies.data[role] = memcpy(padded[role], data[role], n * kSizes[role]);
     Unit<S> x[kRoles];
-    update(scalars, copies, 0, x, Indices());
-    store(copies, 0, x, Indices());
+    begin<kComplete>(scalars, copies, 0, x, Indices());
+    finish<kComplete>(scalars, x, Indices());
+    store<kComplete>(copies, 0, x, Indices());
     for (int role = 0; role < kRoles; ++role)
       if (data[role] && (Algorithm::kWrites >> role & 1)) memcpy(data[role], padded[role], n * kSizes[role]);
   }

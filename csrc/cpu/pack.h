@@ -44,6 +44,12 @@ inline Pack<float> fma(Pack<float> a, Pack<float> b, Pack<float> c) {
 inline Pack<double> fma(Pack<double> a, Pack<double> b, Pack<double> c) {
   return (Pack<double>::Raw)_mm512_fmadd_pd((__m512d)a.v, (__m512d)b.v, (__m512d)c.v);
 }
+inline Pack<float> fms(Pack<float> a, Pack<float> b, Pack<float> c) {
+  return (Pack<float>::Raw)_mm512_fmsub_ps((__m512)a.v, (__m512)b.v, (__m512)c.v);
+}
+inline Pack<double> fms(Pack<double> a, Pack<double> b, Pack<double> c) {
+  return (Pack<double>::Raw)_mm512_fmsub_pd((__m512d)a.v, (__m512d)b.v, (__m512d)c.v);
+}
 inline Pack<float> sqrt(Pack<float> a) { return (Pack<float>::Raw)_mm512_sqrt_ps((__m512)a.v); }
 inline Pack<double> sqrt(Pack<double> a) { return (Pack<double>::Raw)_mm512_sqrt_pd((__m512d)a.v); }
 #elif defined(__AVX2__) && FUSEDOPT_PACK_BYTES == 32
@@ -53,6 +59,12 @@ inline Pack<float> fma(Pack<float> a, Pack<float> b, Pack<float> c) {
 inline Pack<double> fma(Pack<double> a, Pack<double> b, Pack<double> c) {
   return (Pack<double>::Raw)_mm256_fmadd_pd((__m256d)a.v, (__m256d)b.v, (__m256d)c.v);
 }
+inline Pack<float> fms(Pack<float> a, Pack<float> b, Pack<float> c) {
+  return (Pack<float>::Raw)_mm256_fmsub_ps((__m256)a.v, (__m256)b.v, (__m256)c.v);
+}
+inline Pack<double> fms(Pack<double> a, Pack<double> b, Pack<double> c) {
+  return (Pack<double>::Raw)_mm256_fmsub_pd((__m256d)a.v, (__m256d)b.v, (__m256d)c.v);
+}
 inline Pack<float> sqrt(Pack<float> a) { return (Pack<float>::Raw)_mm256_sqrt_ps((__m256)a.v); }
 inline Pack<double> sqrt(Pack<double> a) { return (Pack<double>::Raw)_mm256_sqrt_pd((__m256d)a.v); }
 #else
@@ -60,6 +72,10 @@ template <typename S>
 inline Pack<S> fma(Pack<S> a, Pack<S> b, Pack<S> c) {
   for (int i = 0; i < Pack<S>::kLanes; ++i) c.v[i] = fma(S(a.v[i]), S(b.v[i]), S(c.v[i]));
   return c;
+}
+template <typename S>
+inline Pack<S> fms(Pack<S> a, Pack<S> b, Pack<S> c) {
+  return fma(a, b, Pack<S>(-c.v));
 }
 template <typename S>
 inline Pack<S> sqrt(Pack<S> a) {

@@ -24,10 +24,33 @@ inline To load_bytes(const void* from) {
   return to;
 }
 
-inline Words round_to_bf16(Pack<float> x) {  // the result's upper halves; the lower ones are rubbish
+// Rounds to nearest even: the result's upper halves; the lower ones are rubbish. A NaN may not carry into infinity:
+// whether there is one is asked once for a unit, since that costs less than mending every lane.
+FUSEDOPT_INLINE Words round_to_bf16(Pack<float> x) {
   const Words bits = (Words)x.v;
-  const Words rounded = bits + 0x7fff + (bits >> 16 & 1);
-  return x.v == x.v ? rounded : bits | 0x400000;
+  return bits + 0x7fff - (Words)((bits & 0x10000) == 0x10000);  // a comparison's true is -1; a shift would be dearer
+}
+FUSEDOPT_INLINE Words round_nan_to_bf16(Pack<float> x) {
+  return x.v == x.v ? round_to_bf16(x) : (Words)x.v | 0x400000;
+}
+FUSEDOPT_INLINE bool has_nan(const Unit<float>& x) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask((__m512)x[0].v, (__m512)x[1].v, _CMP_UNORD_Q);
+#elif defined(__AVX2__) && FUSEDOPT_PACK_BYTES == 32
+  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)x[0].v, (__m256)x[1].v, _CMP_UNORD_Q));
+#else
+  bool nan = false;
+  for (int i = 0; i < Pack<float>::kLanes; ++i) nan |= x[0].v[i] != x[0].v[i] || x[1].v[i] != x[1].v[i];
+  return nan;
+#endif
+}
+
+FUSEDOPT_INLINE Words widen(Halfwords half) {
+#if defined(__AVX2__) && FUSEDOPT_PACK_BYTES == 32  // GCC 12's own conversion takes three instructions
+  return (Words)_mm256_cvtepu16_epi32((__m128i)half);
+#else
+  return __builtin_convertvector(half, Words);
+#endif
 }
 
 template <typename S>
@@ -54,19 +77,36 @@ struct PackBFloat16 {
     } else {
       for (int i = 0; i < 2; ++i) {
         const Halfwords half = load_bytes<Halfwords>(from + i * Pack<float>::kLanes);
-        x[i] = (Pack<float>::Raw)(__builtin_convertvector(half, Words) << 16);
+        x[i] = (Pack<float>::Raw)(widen(half) << 16);
       }
     }
   }
   static FUSEDOPT_INLINE void store(uint16_t* to, const Unit<float>& x) {
+    if (__builtin_expect(has_nan(x), false))
+      pack(to, round_nan_to_bf16(x[0]), round_nan_to_bf16(x[1]));
+    else
+      pack(to, round_to_bf16(x[0]), round_to_bf16(x[1]));
+  }
+
+ private:
+  static FUSEDOPT_INLINE void pack(uint16_t* to, Words first, Words second) {
     if constexpr (kOrder == LaneOrder::kInterleaved) {
-      const Words words = round_to_bf16(x[0]) >> 16 | (round_to_bf16(x[1]) & 0xffff0000);
+#if defined(__AVX2__) && FUSEDOPT_PACK_BYTES == 32
+      const __m256i words = _mm256_blend_epi16((__m256i)(first >> 16), (__m256i)second, 0xaa);
+#else
+      const Words words = first >> 16 | (second & 0xffff0000);
+#endif
       memcpy(to, &words, sizeof words);
     } else {
-      for (int i = 0; i < 2; ++i) {
-        const Halfwords half = __builtin_convertvector(round_to_bf16(x[i]) >> 16, Halfwords);
-        memcpy(to + i * Pack<float>::kLanes, &half, sizeof half);
-      }
+#if defined(__AVX2__) && FUSEDOPT_PACK_BYTES == 32
+      const __m256i halves = _mm256_packus_epi32((__m256i)(first >> 16), (__m256i)(second >> 16));
+      _mm256_storeu_si256((__m256i*)to, _mm256_permute4x64_epi64(halves, 0xd8));
+#else
+      const Halfwords a = __builtin_convertvector(first >> 16, Halfwords);
+      const Halfwords b = __builtin_convertvector(second >> 16, Halfwords);
+      memcpy(to, &a, sizeof a);
+      memcpy(to + Pack<float>::kLanes, &b, sizeof b);
+#endif
     }
   }
 };

@@ -18,23 +18,24 @@ struct AdamWRole {
 
 struct AdamWOptions {  // one tensor's hyperparameters, as the user gave them
   double lr, beta1, beta2, eps, weight_decay;
-  bool maximize, amsgrad;
+  bool maximize;
 };
 
 template <typename S>
-struct AdamWScalars {  // the same for every coordinate of one tensor; computed in double, then rounded once
+struct AdamWScalars {  // the same for every coordinate of one tensor; computed in double, then rounded once to S
   S lerp_weight;  // 1 - b1, or -b1 where the gradient is the nearer end (b1 < 1/2)
-  S beta2, one_minus_beta2, eps;
+  S beta2, eps;
+  S grad_weight;  // (1 - b2) / grad_scale^2
   S decay;       // 1 - lr * weight_decay
-  S step_size;   // lr / c1
+  S rate;        // -lr / c1
   S inv_sqrt_c2;
   S grad_factor;  // ±1 / grad_scale
-  bool lerp_from_grad, amsgrad;
+  bool lerp_from_grad;
 
   template <typename T>
   HOST_DEVICE AdamWScalars<T> as() const {
-    return {T(lerp_weight), T(beta2),       T(one_minus_beta2), T(eps),        T(decay),
-            T(step_size),   T(inv_sqrt_c2), T(grad_factor),     lerp_from_grad, amsgrad};
+    return {T(lerp_weight), T(beta2),       T(eps), T(grad_weight),        T(decay),
+            T(rate),        T(inv_sqrt_c2), T(grad_factor),     lerp_from_grad};
   }
 };
 
@@ -46,25 +47,27 @@ HOST_DEVICE inline AdamWScalars<double> adamw_scalars(const AdamWOptions& o, int
   const bool from_grad = o.beta1 < 0.5;
   return {from_grad ? -o.beta1 : 1.0 - o.beta1,
           o.beta2,
-          1.0 - o.beta2,
           o.eps,
+          (1.0 - o.beta2) * inv_grad_scale * inv_grad_scale,
           1.0 - o.lr * o.weight_decay,
-          o.lr / bias_correction(o.beta1, step),
+          -o.lr / bias_correction(o.beta1, step),
           1.0 / sqrt(bias_correction(o.beta2, step)),
           o.maximize ? -inv_grad_scale : inv_grad_scale,
-          from_grad,
-          o.amsgrad};
+          from_grad};
 }
 
-template <typename V, typename S>  // V: float, double, or a pack of them; u is left alone without amsgrad
-HOST_DEVICE FUSEDOPT_INLINE void adamw(V& p, V g, V& m, V& v, V& u, const AdamWScalars<S>& k) {
-  g = g * V(k.grad_factor);
-  m = fma(V(k.lerp_weight), g - m, k.lerp_from_grad ? g : m);  // no cancellation, and m = g stays put exactly
-  v = fma(V(k.beta2), v, V(k.one_minus_beta2) * (g * g));      // (1-b2)*(g*g), as blockwise Adam has it: same bits
-  V largest = v;
-  if (k.amsgrad) largest = u = maximum(u, v);
-  const V denominator = fma(sqrt(largest), V(k.inv_sqrt_c2), V(k.eps));
-  p = fma(V(-k.step_size), m / denominator, p * V(k.decay));
+template <typename V>  // float, double, or a pack of them; u is left alone without amsgrad
+HOST_DEVICE FUSEDOPT_INLINE void adamw_moments(V g, V& m, V& v, V& u, bool amsgrad, const AdamWScalars<V>& k) {
+  const V difference = fms(k.grad_factor, g, m);
+  m = fma(k.lerp_weight, difference, k.lerp_from_grad ? k.grad_factor * g : m);  // so that m = g stays put exactly
+  v = fma(k.beta2, v, k.grad_weight * (g * g));  // (1-b2)*(g*g), as blockwise Adam has it: same bits
+  if (amsgrad) u = maximum(u, v);
+}
+
+template <typename V>
+HOST_DEVICE FUSEDOPT_INLINE void adamw_param(V& p, V m, V v, V u, bool amsgrad, const AdamWScalars<V>& k) {
+  const V denominator = fma(sqrt(amsgrad ? u : v), k.inv_sqrt_c2, k.eps);
+  p = fma(k.rate, m / denominator, p * k.decay);
 }
 
 }  // namespace fusedopt::FUSEDOPT_TARGET

@@ -14,6 +14,10 @@ HOST_DEVICE inline float fma(float a, float b, float c) { return a * b + c; }
 HOST_DEVICE inline double fma(double a, double b, double c) { return a * b + c; }
 #endif
 
+// a * b - c.
+HOST_DEVICE inline float fms(float a, float b, float c) { return fma(a, b, -c); }
+HOST_DEVICE inline double fms(double a, double b, double c) { return fma(a, b, -c); }
+
 HOST_DEVICE inline float sqrt(float a) { return __builtin_sqrtf(a); }
 HOST_DEVICE inline double sqrt(double a) { return __builtin_sqrt(a); }
 

@@ -17,11 +17,15 @@ def bump_versions(arrays: Iterable[Any]) -> None:
     torch = sys.modules.get("torch")
     if torch is None:
         return
-    tensors = [array for array in arrays if isinstance(array, torch.Tensor)]
+    bump_tensor_versions([array for array in arrays if isinstance(array, torch.Tensor)])
+
+
+def bump_tensor_versions(tensors: list[Any]) -> None:
+    """The same for torch tensors alone."""
+    torch = sys.modules["torch"]
     if any(t.is_inference() for t in tensors[:1]):  # they have no counter, and need none
         tensors = [t for t in tensors if not t.is_inference()]
-    if tensors:
-        torch.autograd.graph.increment_version(tensors)
+    torch.autograd.graph.increment_version(tensors)
 
 
 def to_float64(array: Any) -> NDArray[Any]:

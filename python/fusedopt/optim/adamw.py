@@ -137,7 +137,9 @@ class AdamW(torch.optim.AdamW):
             counter = torch.float32
         steps = _state.step_counters(len(params), counter, torch.device("cpu"))
         keys = MOMENTS if group["amsgrad"] else MOMENTS[:2]
-        moments = [_state.zeros_like(params, group["state_dtype"]) for _ in keys]
+        moments = [
+            _state.zeros_like(params, group["state_dtype"], kind) for kind, _ in enumerate(keys, 1)
+        ]
         for p, step, *states in zip(params, steps, *moments, strict=True):
             self.state[p].update(step=step, **dict(zip(keys, states, strict=True)))
 

@@ -116,7 +116,7 @@ def param_groups_step(
                 init_state(group, params)
         plan.check()
         if not _is_set(found_inf):
-            _arrays.bump_versions(plan.updated())
+            _arrays.bump_tensor_versions(plan.updated())
             plan.launch(get_num_threads())
     finally:
         plan.clear()
