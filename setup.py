@@ -1,4 +1,4 @@
-"""Builds fusedopt._C with CMake and ninja. Needs no torch; everything else stands in pyproject.toml.
+"""Builds fusedopt._C with CMake and ninja, without torch; the rest stands in pyproject.toml.
 
 FUSEDOPT_CUDA=1|0|auto   build the CUDA kernels, don't, or do if nvcc is found (the default)
 CMAKE_ARGS, MAX_JOBS     handed on

@@ -63,7 +63,9 @@ class AdamWPlan {
   }
 
  private:
-  void add_row(Operand* operands, const ArgNames* names, int64_t index, const AdamWOptions& options, int64_t step);
+  // owned_grad: the gradient, if a copy may take its place where torch has left a negation in it pending.
+  void add_row(Operand* operands, const ArgNames* names, int64_t index, const AdamWOptions& options, int64_t step,
+               py::object* owned_grad = nullptr);
   int32_t scalars_for(const AdamWOptions& options, int64_t step);
   int64_t read_step(PyObject* counter, const ArgNames* names, int64_t index) {
     ArrayView view;
@@ -82,7 +84,7 @@ class AdamWPlan {
   int64_t last_step_ = 0;
   double inv_grad_scale_ = 1;
   std::deque<ArgNames> names_;
-  std::vector<py::object> held_;  // gradients, alive until the launch is over
+  std::vector<py::object> held_;    // gradients, alive until the launch is over
   std::vector<PyObject*> updated_;  // borrowed from the groups' lists
   SecondOwners owners_;
   Trail trail_;
@@ -118,9 +120,14 @@ void check_dtypes(const Operand* operands, const ArgNames& names, int64_t index)
 }
 
 void AdamWPlan::add_row(Operand* operands, const ArgNames* names, int64_t index, const AdamWOptions& options,
-                        int64_t step) {
+                        int64_t step, py::object* owned_grad) {
   for (int role = 0; role < Role::kCount; ++role)
     if (operands[role].object) reader_.read(operands[role].object, names->of(role, index), &operands[role].view);
+  if (owned_grad && operands[Role::kGrad].view.may_be_lazy() && is_lazy(owned_grad->ptr())) {
+    *owned_grad = owned_grad->attr("resolve_conj")().attr("resolve_neg")();
+    operands[Role::kGrad].object = owned_grad->ptr();
+    reader_.read(owned_grad->ptr(), names->of(Role::kGrad, index), &operands[Role::kGrad].view);
+  }
   if (operands[0].view.device.type == dlpack::kCuda)
     throw py::value_error(describe(names->of(0, index), operands[0].object) +
                           ": is on a GPU, but backend 'cpu' takes arrays on the CPU");
@@ -137,11 +144,10 @@ void AdamWPlan::add_lists(const py::sequence& params, const py::sequence& grads,
   names.roles = {{"params", ""}, {"grads", ""}, {"exp_avgs", ""}, {"exp_avg_sqs", ""}, {"max_exp_avg_sqs", ""}};
   names.counter = {"step", ""};
   const bool amsgrad = !max_exp_avg_sqs.is_none();
-  const bool numbered = py::isinstance<py::int_>(step), listed = py::isinstance<py::sequence>(step);
+  const bool numbered = py::isinstance<py::int_>(step), listed = py::isinstance<py::list>(step);
   int64_t number = 0;
   if (numbered) number = step.cast<int64_t>();
   if (!numbered && !listed) number = read_step(step.ptr(), &names, -1);
-  const py::sequence none;
   const py::sequence lists[] = {params, grads, exp_avgs, exp_avg_sqs,
                                 amsgrad ? py::sequence(max_exp_avg_sqs) : py::sequence(py::tuple())};
   for (size_t i = 0; i < params.size(); ++i) {
@@ -152,10 +158,9 @@ void AdamWPlan::add_lists(const py::sequence& params, const py::sequence& grads,
       operands[role].object = objects[role].ptr();
       held_.push_back(objects[role]);
     }
-    const int64_t t = listed ? read_step(py::object(py::sequence(step)[i]).ptr(), &names, int64_t(i)) : number;
+    const int64_t t = listed ? read_step(PyList_GET_ITEM(step.ptr(), i), &names, int64_t(i)) : number;
     add_row(operands, &names, int64_t(i),
-            {lr[lr.size() > 1 ? i : 0], beta1, beta2, eps, weight_decay[weight_decay.size() > 1 ? i : 0], maximize},
-            t);
+            {lr[lr.size() > 1 ? i : 0], beta1, beta2, eps, weight_decay[weight_decay.size() > 1 ? i : 0], maximize}, t);
   }
 }
 
@@ -210,11 +215,10 @@ py::list AdamWPlan::add_group(int64_t group, const py::list& params, const py::d
     operands[Role::kExpAvg].object = state_of(keys.exp_avg, Role::kExpAvg);
     operands[Role::kExpAvgSq].object = state_of(keys.exp_avg_sq, Role::kExpAvgSq);
     if (amsgrad) operands[Role::kMaxExpAvgSq].object = state_of(keys.max_exp_avg_sq, Role::kMaxExpAvgSq);
-    for (int role = Role::kExpAvg; role < Role::kCount - !amsgrad; ++role)
-      owners_.keep(reader_, operands[role].object);
+    for (int role = Role::kExpAvg; role < Role::kCount - !amsgrad; ++role) owners_.keep(reader_, operands[role].object);
     owners_.keep(reader_, counter);
     const int64_t step = read_step(counter, &names, i);
-    add_row(operands, &names, i, options, step);
+    add_row(operands, &names, i, options, step, &grad);
     trail_.visit(counter);
     trail_.visit(entry);
     trail_.visit(reinterpret_cast<PyDictObject*>(entry)->ma_keys);

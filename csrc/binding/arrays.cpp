@@ -32,12 +32,21 @@ std::optional<Element> element_of(dlpack::DataType type) {
   throw py::type_error(describe(name, array) + ": " + why);
 }
 
-std::string pending_error() {  // the Python error being raised, as text; cleared
-  py::error_already_set error;
-  return py::str(error.value()).cast<std::string>();
+std::string text(py::handle object) { return py::str(object).cast<std::string>(); }
+
+std::string first_line(py::handle error) {  // torch appends a C++ stack trace
+  const std::string all = text(error);
+  return all.substr(0, all.find('\n'));
 }
 
-std::string text(py::handle object) { return py::str(object).cast<std::string>(); }
+// An array that its own library can't export: says why, as far as it can be told.
+[[noreturn]] void refuse_unreadable(const ArgName& name, PyObject* array, py::handle error) {
+  const py::handle object(array);
+  if (py::getattr(object, "is_sparse", py::bool_(false)).ptr() == Py_True)
+    throw std::runtime_error(describe(name, array) + ": sparse gradients and tensors are not supported");
+  const std::string device = py::hasattr(object, "device") ? " (device " + text(object.attr("device")) + ")" : "";
+  refuse(name, array, "can't be read" + device + ": " + first_line(error));
+}
 
 }  // namespace
 
@@ -55,7 +64,10 @@ std::string describe(const ArgName& name, PyObject* array) {
   const py::handle object(array);
   if (!py::hasattr(object, "shape") || !py::hasattr(object, "dtype"))
     return name.str() + " (" + Py_TYPE(array)->tp_name + ")";
-  return name.str() + " (shape " + text(py::tuple(object.attr("shape"))) + ", " + text(object.attr("dtype")) + ")";
+  std::vector<int64_t> shape;
+  for (const py::handle n : object.attr("shape")) shape.push_back(n.cast<int64_t>());
+  return name.str() + " (shape " + shape_string(shape.data(), int32_t(shape.size())) + ", " +
+         text(object.attr("dtype")) + ")";
 }
 
 void ArrayReader::clear() {
@@ -109,15 +121,21 @@ void ArrayReader::adopt(const dlpack::Tensor& tensor, bool read_only, PyObject* 
   if (__builtin_expect(element->complex, false)) refuse_lazy(array, name);
 }
 
-void refuse_lazy(PyObject* array, const ArgName& name) {
+bool is_lazy(PyObject* array) {
   const py::handle object(array);
-  if (!py::hasattr(object, "is_conj") || !py::hasattr(object, "is_neg")) return;
-  if (object.attr("is_conj")().cast<bool>() || object.attr("is_neg")().cast<bool>())
-    refuse(name, array, "has a pending conjugation or negation; pass x.resolve_conj().resolve_neg()");
+  if (!py::hasattr(object, "is_conj") || !py::hasattr(object, "is_neg")) return false;
+  return object.attr("is_conj")().cast<bool>() || object.attr("is_neg")().cast<bool>();
+}
+
+void refuse_lazy(PyObject* array, const ArgName& name) {
+  if (is_lazy(array)) refuse(name, array, "has a pending conjugation or negation; pass x.resolve_conj().resolve_neg()");
 }
 
 void ArrayReader::read_slowly(const Source& source, PyObject* array, const ArgName& name, ArrayView* view) {
-  if (source.exchange) refuse(name, array, "can't be read: " + pending_error());
+  if (source.exchange) {
+    const py::error_already_set error;  // what the exchange raised
+    refuse_unreadable(name, array, error.value());
+  }
   if (source.torch_like) return read_torch(array, name, view);
   if (read_buffer(array, name, view)) return;
   if (!py::hasattr(array, "__dlpack__"))
@@ -151,7 +169,7 @@ void ArrayReader::read_torch(PyObject* array, const ArgName& name, ArrayView* vi
   tensor.strides = keep(std::move(strides));
   adopt(tensor, false, array, name, view);
 } catch (py::error_already_set& error) {
-  refuse(name, array, "can't be read: " + text(error.value()));
+  refuse_unreadable(name, array, error.value());
 }
 
 // NumPy and whatever else has the buffer protocol. False: it has not.
@@ -199,8 +217,8 @@ void ArrayReader::read_capsule(PyObject* array, const ArgName& name, ArrayView* 
   }
   objects_.push_back(capsule);  // the capsule frees its tensor when it goes
   if (PyCapsule_IsValid(capsule.ptr(), "dltensor_versioned")) {
-    auto* managed = static_cast<dlpack::ManagedTensorVersioned*>(
-        PyCapsule_GetPointer(capsule.ptr(), "dltensor_versioned"));
+    auto* managed =
+        static_cast<dlpack::ManagedTensorVersioned*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor_versioned"));
     if (managed->version.major != 1) refuse(name, array, "speaks another major version of DLPack");
     return adopt(managed->tensor, managed->flags & dlpack::kReadOnly, array, name, view);
   }
@@ -208,7 +226,7 @@ void ArrayReader::read_capsule(PyObject* array, const ArgName& name, ArrayView* 
   if (!managed) throw py::error_already_set();
   adopt(managed->tensor, false, array, name, view);
 } catch (py::error_already_set& error) {
-  refuse(name, array, "can't be read: " + text(error.value()));
+  refuse_unreadable(name, array, error.value());
 }
 
 dlpack::ManagedTensorVersioned* ArrayReader::own(PyObject* array) {

@@ -35,6 +35,7 @@ struct ArrayView {  // borrowed from the array; complex numbers appear as a last
       if (strides[d] != expected && shape[d] != 1) return false;
     return true;
   }
+  bool may_be_lazy() const { return !contiguous() || numel() == 1; }  // of real arrays
 };
 
 // How messages call an argument: prefix[index]suffix.
@@ -51,7 +52,8 @@ std::string describe(const ArgName& name, PyObject* array);
 std::string shape_string(const int64_t* shape, int32_t ndim);
 
 // torch may keep a conjugation or negation pending in a flag that no exchange protocol tells of. Only complex tensors
-// and views of them have it, so contiguous real ones of more than one element need not be asked.
+// and views of them have it: see may_be_lazy.
+bool is_lazy(PyObject* array);
 void refuse_lazy(PyObject* array, const ArgName& name);
 
 // Reads arrays and keeps what the views borrow (buffers, capsules, converted strides) until cleared.

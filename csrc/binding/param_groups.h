@@ -57,7 +57,8 @@ class DictCursor {
 
 // Remembers where a walk's objects lay and has them fetched into the cache a few rows ahead of the next walk. Thousands
 // of parameters' objects do not survive a step in the cache, and following their pointers one miss after another would
-// cost more than the update. Addresses are only prefetched, never read: what has moved meanwhile costs nothing but time.
+// cost more than the update. Addresses are only prefetched, never read: what has moved meanwhile costs nothing but
+// time.
 class Trail {
  public:
   void rewind() {

@@ -84,8 +84,7 @@ void TableBuilder::check(const Operand* operands, const ArgNames& names, int64_t
              "is on " + device_string(view.device) + ", but " + names.of(0, index).str() + " is on " +
                  device_string(param.device));
     if (!same_shape(view, param))
-      refuse(operand, names.of(role, index),
-             "shape differs from " + describe(names.of(0, index), operands[0].object));
+      refuse(operand, names.of(role, index), "shape differs from " + describe(names.of(0, index), operands[0].object));
     if (view.read_only && (writes_ >> role & 1)) refuse(operand, names.of(role, index), "is read-only");
   }
 }
@@ -102,9 +101,9 @@ void TableBuilder::add(const Operand* operands, const ArgNames* names, int64_t i
     row.dtype[role] = operands[role].view.dtype;
     contiguous &= operands[role].view.contiguous();
   }
-  if (!contiguous || row.numel == 1)
-    for (int role = 0; role < roles_; ++role)
-      if (operands[role].object) refuse_lazy(operands[role].object, names->of(role, index));
+  for (int role = 0; role < roles_; ++role)
+    if (operands[role].object && (!contiguous || row.numel == 1) && operands[role].view.may_be_lazy())
+      refuse_lazy(operands[role].object, names->of(role, index));
   row.layout = contiguous ? kFlat : add_layout(operands, *names, index);
   row.scalars = scalars;
   rows_.push_back(row);
@@ -137,8 +136,7 @@ int64_t TableBuilder::add_layout(const Operand* operands, const ArgNames& names,
   std::vector<std::vector<int64_t>> merged(roles_);
   for (const int32_t d : order) {
     bool joins = !sizes.empty();
-    for (int role = 0; role < roles_ && joins; ++role)
-      joins = merged[role].back() == strides[role][d] * param.shape[d];
+    for (int role = 0; role < roles_ && joins; ++role) joins = merged[role].back() == strides[role][d] * param.shape[d];
     if (joins) sizes.back() *= param.shape[d];
     if (!joins) sizes.push_back(param.shape[d]);
     for (int role = 0; role < roles_; ++role) {

@@ -11,10 +11,10 @@ constexpr int kMaxRoles = 6;
 constexpr int64_t kFlat = -1;  // layout of a row whose arrays all lie in memory in the same order, without gaps
 
 struct TensorRow {
-  void* data[kMaxRoles];   // nullptr: this row has no such role
-  int64_t numel;           // at least 1: empty tensors get no row
-  int64_t layout;          // kFlat, or where this row's strides begin in TensorTable::layouts
-  int32_t scalars;         // index into the algorithm's array of per-tensor scalars
+  void* data[kMaxRoles];  // nullptr: this row has no such role
+  int64_t numel;          // at least 1: empty tensors get no row
+  int64_t layout;         // kFlat, or where this row's strides begin in TensorTable::layouts
+  int32_t scalars;        // index into the algorithm's array of per-tensor scalars
   DType dtype[kMaxRoles];
 };
 

@@ -129,8 +129,7 @@ class UnitRunner {
   template <bool kComplete, typename Scalars, size_t... R>
   static FUSEDOPT_INLINE void begin(const Scalars& scalars, const Roles& roles, int64_t i, Unit<S> (&x)[kRoles],
                                     std::index_sequence<R...>) {
-    ((has<kComplete>(R) ? Codecs::load(static_cast<const typename Codecs::Stored*>(roles.data[R]) + i, x[R])
-                        : void()),
+    ((has<kComplete>(R) ? Codecs::load(static_cast<const typename Codecs::Stored*>(roles.data[R]) + i, x[R]) : void()),
      ...);
     Algorithm::begin(x[R][0]..., kComplete, scalars);
     Algorithm::begin(x[R][1]..., kComplete, scalars);

@@ -11,8 +11,14 @@ struct CpuKernels {
   void (*adamw)(const TensorTable& table, const AdamWScalars<double>* scalars, int64_t begin, int64_t end);
 };
 
-namespace avx512 { extern const CpuKernels kernels; }
-namespace avx2 { extern const CpuKernels kernels; }
-namespace portable { extern const CpuKernels kernels; }
+namespace avx512 {
+extern const CpuKernels kernels;
+}
+namespace avx2 {
+extern const CpuKernels kernels;
+}
+namespace portable {
+extern const CpuKernels kernels;
+}
 
 }  // namespace fusedopt

@@ -11,7 +11,7 @@ namespace fusedopt::FUSEDOPT_TARGET {
 
 enum class LaneOrder { kLinear, kInterleaved };
 
-typedef uint32_t Words __attribute__((vector_size(kPackBytes)));          // as many as Pack<float> has lanes
+typedef uint32_t Words __attribute__((vector_size(kPackBytes)));  // as many as Pack<float> has lanes
 typedef uint16_t Halfwords __attribute__((vector_size(kPackBytes / 2)));
 
 template <typename S>
@@ -30,9 +30,7 @@ FUSEDOPT_INLINE Words round_to_bf16(Pack<float> x) {
   const Words bits = (Words)x.v;
   return bits + 0x7fff - (Words)((bits & 0x10000) == 0x10000);  // a comparison's true is -1; a shift would be dearer
 }
-FUSEDOPT_INLINE Words round_nan_to_bf16(Pack<float> x) {
-  return x.v == x.v ? round_to_bf16(x) : (Words)x.v | 0x400000;
-}
+FUSEDOPT_INLINE Words round_nan_to_bf16(Pack<float> x) { return x.v == x.v ? round_to_bf16(x) : (Words)x.v | 0x400000; }
 FUSEDOPT_INLINE bool has_nan(const Unit<float>& x) {
 #if defined(__AVX512F__)
   return _mm512_cmp_ps_mask((__m512)x[0].v, (__m512)x[1].v, _CMP_UNORD_Q);

@@ -41,7 +41,8 @@ class Pool {
                                        // training steps
 
   void start_workers(int count) {
-    for (; workers_ < count; ++workers_) std::thread([this, generation = generation_.load()] { work(generation); }).detach();
+    for (; workers_ < count; ++workers_)
+      std::thread([this, generation = generation_.load()] { work(generation); }).detach();
   }
 
   [[noreturn]] void work(uint64_t seen) {

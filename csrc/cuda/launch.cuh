@@ -1,8 +1,8 @@
-// One spelling of a kernel launch, for nvcc and for the host shim of tests/cuda_host, and the barrier
-// that a cooperative launch makes possible.
+// One spelling of a kernel launch, for nvcc and for the host shim of tests/cuda_host, and the
+// barrier that a cooperative launch makes possible.
 //
-// Write a large parameter as `const Table __grid_constant__ table`, in this order: the shim turns it
-// into a reference.
+// Write a large parameter as `const Table __grid_constant__ table`, in this order: the shim turns
+// it into a reference.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -68,7 +68,8 @@ inline Status status_of(cudaError_t error) {
 
 // DYNAMIC_SMEM(float, tile): the thread block's dynamic shared memory, as float* tile.
 #ifdef CUDA_HOST_SHIM
-#define DYNAMIC_SMEM(T, name) T* const name = reinterpret_cast<T*>(cuda_host::dynamic_shared_memory())
+#define DYNAMIC_SMEM(T, name) \
+  T* const name = reinterpret_cast<T*>(cuda_host::dynamic_shared_memory())
 #else
 #define DYNAMIC_SMEM(T, name)                                          \
   extern __shared__ __align__(128) unsigned char dynamic_smem_bytes[]; \

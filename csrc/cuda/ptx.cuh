@@ -39,9 +39,9 @@ __device__ inline uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// Four 8x8 matrices of 16-bit numbers from shared memory. Lane l names row l % 8 of matrix l / 8, 16
-// aligned bytes; register i of lane 4 g + t then holds row g, columns 2t and 2t+1 of matrix i. The
-// transposed form gives column g, rows 2t and 2t+1.
+// Four 8x8 matrices of 16-bit numbers from shared memory. Lane l names row l % 8 of matrix l / 8,
+// 16 aligned bytes; register i of lane 4 g + t then holds row g, columns 2t and 2t+1 of matrix i.
+// The transposed form gives column g, rows 2t and 2t+1.
 __device__ inline void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -66,7 +66,8 @@ __device__ inline void cp_async_16(void* to, const void* from, int bytes = 16) {
 }
 // Makes a group of this thread's copies since the last commit (it may be empty).
 __device__ inline void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Waits until all but the kPending latest groups have landed, for this thread; others need a barrier.
+// Waits until all but the kPending latest groups have landed, for this thread; others need a
+// barrier.
 template <int kPending>
 __device__ inline void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");

@@ -23,19 +23,19 @@ struct AdamWOptions {  // one tensor's hyperparameters, as the user gave them
 
 template <typename S>
 struct AdamWScalars {  // the same for every coordinate of one tensor; computed in double, then rounded once to S
-  S lerp_weight;  // 1 - b1, or -b1 where the gradient is the nearer end (b1 < 1/2)
+  S lerp_weight;       // 1 - b1, or -b1 where the gradient is the nearer end (b1 < 1/2)
   S beta2, eps;
   S grad_weight;  // (1 - b2) / grad_scale^2
-  S decay;       // 1 - lr * weight_decay
-  S rate;        // -lr / c1
+  S decay;        // 1 - lr * weight_decay
+  S rate;         // -lr / c1
   S inv_sqrt_c2;
   S grad_factor;  // ±1 / grad_scale
   bool lerp_from_grad;
 
   template <typename T>
   HOST_DEVICE AdamWScalars<T> as() const {
-    return {T(lerp_weight), T(beta2),       T(eps), T(grad_weight),        T(decay),
-            T(rate),        T(inv_sqrt_c2), T(grad_factor),     lerp_from_grad};
+    return {T(lerp_weight), T(beta2),       T(eps),         T(grad_weight), T(decay),
+            T(rate),        T(inv_sqrt_c2), T(grad_factor), lerp_from_grad};
   }
 };
 
@@ -60,7 +60,7 @@ template <typename V>  // float, double, or a pack of them; u is left alone with
 HOST_DEVICE FUSEDOPT_INLINE void adamw_moments(V g, V& m, V& v, V& u, bool amsgrad, const AdamWScalars<V>& k) {
   const V difference = fms(k.grad_factor, g, m);
   m = fma(k.lerp_weight, difference, k.lerp_from_grad ? k.grad_factor * g : m);  // so that m = g stays put exactly
-  v = fma(k.beta2, v, k.grad_weight * (g * g));  // (1-b2)*(g*g), as blockwise Adam has it: same bits
+  v = fma(k.beta2, v, (k.grad_weight * g) * g);  // in this order: g * g overflows where the product need not
   if (amsgrad) u = maximum(u, v);
 }
 

@@ -28,7 +28,9 @@ def number_per_tensor(name: str, value: Any, count: int) -> list[float]:
     Raises:
         TypeError, ValueError: as ``number``, or a sequence of another length.
     """
-    if isinstance(value, str) or not (isinstance(value, Sequence) or getattr(value, "ndim", 0)):
+    if isinstance(value, str) or not (
+        isinstance(value, Sequence) or (hasattr(value, "ndim") and value.ndim)
+    ):
         return [number(name, value, 0.0)]
     if len(value) != count:
         raise ValueError(f"{name} has {len(value)} numbers, expected one, or {count}: one a tensor")

@@ -49,7 +49,7 @@ def why_missing(backend: str) -> str:
 def device_type(array: Any) -> str:
     """``"cpu"``, ``"cuda"`` or what else the array says its device is."""
     device = getattr(array, "device", None)
-    if hasattr(device, "type"):
+    if device is not None and hasattr(device, "type"):
         return str(device.type)
     if hasattr(array, "__dlpack_device__"):
         kind = int(array.__dlpack_device__()[0])
@@ -118,7 +118,7 @@ def supports(
 
 
 def dtype_name(dtype: Any) -> str:
-    """``"float32"`` for ``torch.float32``, ``numpy.float32``, ``numpy.dtype("f4")``, ``"float32"``."""
+    """``"float32"`` for ``torch.float32``, ``numpy.float32``, ``numpy.dtype("f4")`` and itself."""
     text = getattr(dtype, "name", None) or getattr(dtype, "__name__", None) or str(dtype)
     return str(text).rsplit(".", 1)[-1]
 

@@ -53,10 +53,7 @@ class AdamW(torch.optim.AdamW):
         fused: bool | None = None,
         state_dtype: torch.dtype | None = None,
     ) -> None:
-        if state_dtype not in (None, torch.float32, torch.bfloat16):
-            raise ValueError(
-                f"state_dtype is {state_dtype!r}, expected torch.float32, torch.bfloat16 or None"
-            )
+        _check_own_options({"state_dtype": state_dtype, "differentiable": differentiable})
         super().__init__(
             params,
             lr=lr,
@@ -73,11 +70,10 @@ class AdamW(torch.optim.AdamW):
         self.defaults["state_dtype"] = state_dtype
         for group in self.param_groups:
             group.setdefault("state_dtype", state_dtype)
-            _refuse_differentiable(group)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        _check_own_options(param_group)
         super().add_param_group(param_group)
-        _refuse_differentiable(self.param_groups[-1])
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -109,7 +105,7 @@ class AdamW(torch.optim.AdamW):
                     self.state[p][key] = saved[key].to(device=p.device, dtype=wanted, copy=True)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient.
 
         Args:
@@ -144,8 +140,13 @@ class AdamW(torch.optim.AdamW):
             self.state[p].update(step=step, **dict(zip(keys, states, strict=True)))
 
 
-def _refuse_differentiable(group: dict[str, Any]) -> None:
-    if group["differentiable"]:
+def _check_own_options(options: dict[str, Any]) -> None:
+    state_dtype = options.get("state_dtype")
+    if state_dtype not in (None, torch.float32, torch.bfloat16):
+        raise ValueError(
+            f"state_dtype is {state_dtype!r}, expected torch.float32, torch.bfloat16 or None"
+        )
+    if options.get("differentiable"):
         raise ValueError(
             "differentiable is True, but a fused kernel has no graph to differentiate; "
             "use torch.optim.AdamW"

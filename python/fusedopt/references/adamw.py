@@ -1,10 +1,12 @@
 """AdamW in float64 NumPy: what every backend is tested against."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+Array = NDArray[Any]
 
 
 class AdamWResult(NamedTuple):
@@ -41,12 +43,12 @@ def adamw_step(
     """
     count = len(params)
     steps, rates, decays = (_each(x, count) for x in (step, lr, weight_decay))
-    maxima = [None] * count if max_exp_avg_sqs is None else max_exp_avg_sqs
+    maxima = [None] * count if max_exp_avg_sqs is None else [_reals(u) for u in max_exp_avg_sqs]
     sign = (-1.0 if maximize else 1.0) / (grad_scale or 1.0)
     result = AdamWResult([], [], [], None if max_exp_avg_sqs is None else [])
     for i in range(count):
         p, g, m, v = (_reals(x[i]) for x in (params, grads, exp_avgs, exp_avg_sqs))
-        u = None if maxima[i] is None else _reals(maxima[i])
+        u = maxima[i]
         if not found_inf:
             p, m, v, u = _update(
                 p, sign * g, m, v, u, int(steps[i]), rates[i], betas, eps, decays[i]
@@ -55,12 +57,23 @@ def adamw_step(
         result.params.append(_like(p, like))
         result.exp_avgs.append(_like(m, like))
         result.exp_avg_sqs.append(_like(v, like))
-        if result.max_exp_avg_sqs is not None:
+        if result.max_exp_avg_sqs is not None and u is not None:
             result.max_exp_avg_sqs.append(_like(u, like))
     return result
 
 
-def _update(p, g, m, v, u, step, lr, betas, eps, weight_decay):  # type: ignore[no-untyped-def]
+def _update(
+    p: Array,
+    g: Array,
+    m: Array,
+    v: Array,
+    u: Array | None,
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> tuple[Array, Array, Array, Array | None]:
     beta1, beta2 = betas
     m = beta1 * m + (1 - beta1) * g
     v = beta2 * v + (1 - beta2) * g * g
@@ -71,7 +84,7 @@ def _update(p, g, m, v, u, step, lr, betas, eps, weight_decay):  # type: ignore[
     return p, m, v, u
 
 
-def _each(value, count):  # type: ignore[no-untyped-def]
+def _each(value: Any, count: int) -> list[Any]:
     return list(value) if np.ndim(value) else [value] * count
 
 
@@ -82,5 +95,5 @@ def _reals(array: ArrayLike) -> NDArray[np.float64]:
     return values.astype(np.float64)
 
 
-def _like(reals, array):  # type: ignore[no-untyped-def]
+def _like(reals: Array, array: Array) -> Array:
     return reals[..., 0] + 1j * reals[..., 1] if array.dtype.kind == "c" else reals

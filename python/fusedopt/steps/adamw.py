@@ -4,7 +4,7 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from fusedopt import _arrays, _C, _options, backends
+from fusedopt import _C, _arrays, _options, backends
 from fusedopt._threads import get_num_threads
 from fusedopt.references import adamw as reference
 
@@ -43,9 +43,9 @@ def adamw_step(
         grads: same shapes; each of any of these dtypes, any layout. Only read.
         exp_avgs, exp_avg_sqs: first and second moments, same shapes; each of the parameter's
             dtype, or float32 or bfloat16. Written.
-        step: this step's number, from 1, as an int; or a list with one one-element array per
-            tensor, or one 0-d array for all, that count the steps taken: they are incremented,
-            unless ``found_inf``.
+        step: this step's number, from 1, as an int; or arrays that count the steps taken and are
+            incremented unless ``found_inf``: one 0-d array for all, or one counter per tensor as a
+            list of one-element arrays or one 1-d array.
         lr, weight_decay: a number ≥ 0, a 0-d array, or one number per tensor. Decay is decoupled
             and multiplied by ``lr``, as in ``torch.optim.AdamW``.
         betas: two numbers in [0, 1).
@@ -70,7 +70,7 @@ def adamw_step(
     launch = OPERATION.launchers[backends.choose(OPERATION, backend, params)]
     if stream is not None:
         raise ValueError(f"stream is {stream!r}, but the arrays are on the CPU, which has none")
-    options = {
+    options: dict[str, Any] = {
         "lr": _options.number_per_tensor("lr", lr, len(params)),
         "weight_decay": _options.number_per_tensor("weight_decay", weight_decay, len(params)),
         "beta1": _options.number("betas[0]", betas[0], 0.0, 1.0),
@@ -79,12 +79,11 @@ def adamw_step(
         "maximize": bool(maximize),
     }
     scale = 1.0 if grad_scale is None else _grad_scale(grad_scale)
+    step = _step(step, len(params))
     plan = _plan()
     try:
         plan.begin(scale)
-        plan.add_lists(
-            params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, _step(step, len(params)), **options
-        )
+        plan.add_lists(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, step, **options)
         plan.check()
         if not _is_set(found_inf):
             launch(plan, lists, step, scale, options)
@@ -151,9 +150,10 @@ def _add_groups(
 
 def _plan() -> _C.AdamWPlan:
     """This thread's plan: it remembers which table passed the overlap check."""
-    if not hasattr(_local, "plan"):
-        _local.plan = _C.AdamWPlan()
-    return _local.plan
+    plan: _C.AdamWPlan | None = getattr(_local, "plan", None)
+    if plan is None:
+        plan = _local.plan = _C.AdamWPlan()
+    return plan
 
 
 def _step(step: Any, count: int) -> Any:
@@ -161,8 +161,10 @@ def _step(step: Any, count: int) -> Any:
         raise TypeError(f"step is {step!r}, expected a whole number >= 1 or arrays")
     if isinstance(step, int) and step < 1:
         raise ValueError(f"step is {step}, but steps count from 1")
-    if isinstance(step, Sequence) and len(step) != count:
-        raise ValueError(f"step has {len(step)} arrays, expected {count}: one a tensor")
+    if isinstance(step, Sequence) or getattr(step, "ndim", 0) == 1:
+        if len(step) != count:
+            raise ValueError(f"step has {len(step)} counters, expected {count}: one a tensor")
+        return list(step) if isinstance(step, Sequence) else [step[i : i + 1] for i in range(count)]
     return step
 
 
@@ -196,19 +198,18 @@ def _launch_reference(
     scale: float,
     options: dict[str, Any],
 ) -> None:
-    count = len(lists["params"])
-    counters = [] if isinstance(step, int) else [step] if not isinstance(step, Sequence) else step
-    numbers = [int(_arrays.to_float64(c)) + 1 for c in counters] if counters else [step]
-    values = {name: [_arrays.to_float64(a) for a in arrays] for name, arrays in lists.items()}
+    counters = [] if isinstance(step, int) else step if isinstance(step, list) else [step]
+    taken = [int(_arrays.to_float64(counter).item()) + 1 for counter in counters]
+    values: dict[str, Any] = {
+        name: [_arrays.to_float64(a) for a in arrays] for name, arrays in lists.items()
+    }
     result = reference.adamw_step(
         **values,
-        step=numbers if len(numbers) == count else numbers[0],
-        lr=options["lr"] if len(options["lr"]) == count else options["lr"][0],
+        step=step if isinstance(step, int) else taken if isinstance(step, list) else taken[0],
+        lr=_one_or_all(options["lr"]),
         betas=(options["beta1"], options["beta2"]),
         eps=options["eps"],
-        weight_decay=options["weight_decay"]
-        if len(options["weight_decay"]) == count
-        else options["weight_decay"][0],
+        weight_decay=_one_or_all(options["weight_decay"]),
         maximize=options["maximize"],
         grad_scale=scale,
     )
@@ -216,12 +217,14 @@ def _launch_reference(
         if name != "grads":
             for array, value in zip(arrays, getattr(result, name), strict=True):
                 _arrays.assign(array, value)
-    for counter, number in zip(counters, numbers, strict=True):
+    for counter, number in zip(counters, taken, strict=True):
         _arrays.assign(counter, number)
 
 
+def _one_or_all(numbers: list[float]) -> float | list[float]:
+    return numbers[0] if len(numbers) == 1 else numbers
+
+
 OPERATION = backends.register(
-    backends.Operation(
-        "adamw_step", {"cpu": _launch_cpu, "reference": _launch_reference}, DTYPES
-    )
+    backends.Operation("adamw_step", {"cpu": _launch_cpu, "reference": _launch_reference}, DTYPES)
 )

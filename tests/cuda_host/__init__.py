@@ -1,0 +1,1 @@
+"""Runs the .cu sources on the CPU; see README.md."""

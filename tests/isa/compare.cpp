@@ -1,0 +1,82 @@
+// Runs every pair of instruction sets on the same arrays and compares the bits: all dtypes, tails, NaN, subnormals.
+// argv: none. Prints what differs; exit status 1 if anything does, or if nothing was compared.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <vector>
+
+#include "cpu/kernels.h"
+#include "math/storage.h"
+
+using namespace fusedopt;
+
+namespace {
+
+using Bytes = std::vector<char>;
+
+Bytes random_array(DType dtype, int64_t n, bool positive, bool special, std::mt19937& rng) {
+  Bytes bytes(n * size_of(dtype));
+  std::normal_distribution<float> normal;
+  for (int64_t i = 0; i < n; ++i) {
+    float x = std::ldexp(normal(rng), int(rng() % 30) - 20);
+    if (rng() % 40 == 0) x = 1e-40f;
+    if (special && rng() % 30 == 0) x = rng() % 2 ? NAN : INFINITY;
+    if (positive) x = std::fabs(x);
+    char* at = bytes.data() + i * size_of(dtype);
+    const double wide = x;
+    const uint16_t half = dtype == DType::kBFloat16 ? generic::float_to_bf16(x) : generic::float_to_fp16(x);
+    if (dtype == DType::kFloat64)
+      memcpy(at, &wide, 8);
+    else if (dtype == DType::kFloat32)
+      memcpy(at, &x, 4);
+    else
+      memcpy(at, &half, 2);
+  }
+  return bytes;
+}
+
+std::vector<Bytes> run(const CpuKernels& kernels, std::vector<Bytes> arrays, const DType* dtypes, int64_t n,
+                       const AdamWScalars<double>& scalars) {
+  TensorRow row = {};
+  for (size_t r = 0; r < arrays.size(); ++r) {
+    row.data[r] = arrays[r].data();
+    row.dtype[r] = dtypes[r];
+  }
+  row.numel = n;
+  row.layout = kFlat;
+  const int64_t starts[] = {0, n};
+  const TensorTable table = {&row, starts, nullptr, 0, 1, AdamWRole::kCount};
+  for (int step = 0; step < 3; ++step) kernels.adamw(table, &scalars, 0, n);
+  return arrays;
+}
+
+}  // namespace
+
+int main() {
+  std::mt19937 rng(7);
+  int64_t compared = 0, different = 0;
+  const DType floats[] = {DType::kFloat32, DType::kFloat64, DType::kBFloat16, DType::kFloat16};
+  for (DType p : floats)
+    for (DType g : floats)
+      for (DType s : floats)
+        for (int roles = 4; roles <= 5; ++roles)
+          for (int64_t n : {1, 3, 15, 16, 31, 32, 33, 63, 64, 65, 255, 1000, 4097})
+            for (double beta1 : {0.9, 0.3}) {
+              const DType dtypes[] = {p, g, s, s, s};
+              std::vector<Bytes> arrays;
+              for (int r = 0; r < roles; ++r) arrays.push_back(random_array(dtypes[r], n, r >= 3, r == 1, rng));
+              const AdamWOptions options = {1e-2, beta1, 0.99, 1e-8, 0.1, false};
+              const auto scalars = generic::adamw_scalars(options, 3, 0.37);
+              const bool same =
+                  run(avx2::kernels, arrays, dtypes, n, scalars) == run(avx512::kernels, arrays, dtypes, n, scalars);
+              ++compared;
+              if (same) continue;
+              if (++different <= 10)
+                printf("differs: param %d grad %d state %d, %d roles, %ld elements, beta1 %g\n", int(p), int(g), int(s),
+                       roles, long(n), beta1);
+            }
+  printf("%ld compared, %ld differ\n", long(compared), long(different));
+  return different != 0 || compared == 0;
+}
