@@ -3,6 +3,9 @@
 
 #include "binding/adamw.h"
 #include "cpu/isa.h"
+#if FUSEDOPT_WITH_CUDA
+#include "cuda/device.h"
+#endif
 
 namespace py = pybind11;
 
@@ -21,6 +24,17 @@ py::list available_isas() {
   return names;
 }
 
+// (devices, runtime version, why there is no device).
+py::tuple cuda_devices() {
+#if FUSEDOPT_WITH_CUDA
+  const char* error = nullptr;
+  const int count = fusedopt::cuda::device_count(&error);
+  return py::make_tuple(count, fusedopt::cuda::runtime_version(), error ? error : "");
+#else
+  return py::make_tuple(0, 0, "built without CUDA kernels (" FUSEDOPT_CUDA_DECISION ")");
+#endif
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -29,6 +43,7 @@ PYBIND11_MODULE(_C, module) {
   module.attr("built_with_cuda") = bool(FUSEDOPT_WITH_CUDA);
   module.attr("cuda_decision") = FUSEDOPT_CUDA_DECISION;
   module.attr("cuda_archs") = FUSEDOPT_CUDA_ARCHS;
+  module.def("cuda_devices", &cuda_devices);
   module.def("isa", &fusedopt::isa);
   module.def("available_isas", &available_isas);
   module.def("set_isa", &set_isa, py::arg("name"));

@@ -19,12 +19,24 @@ def env() -> dict[str, Any]:
         "threads": get_num_threads(),
         "backends": backends.table(),
         "gpu_default": {f"{op} on {arch}": b for (op, arch), b in backends.GPU_DEFAULT.items()},
-        "cuda": {"built": _C.built_with_cuda, "why": _C.cuda_decision, "archs": _C.cuda_archs},
+        "cuda": _cuda(),
         "cpu": _cpu_name(),
         "cpus": len(os.sched_getaffinity(0)),
         "platform": platform.platform(),
         "python": sys.version.split()[0],
         "packages": {name: _version(name) for name in ("numpy", "torch", "triton")},
+    }
+
+
+def _cuda() -> dict[str, Any]:
+    devices, runtime, error = _C.cuda_devices()
+    return {
+        "built": _C.built_with_cuda,
+        "why": _C.cuda_decision,
+        "archs": _C.cuda_archs,
+        "runtime": runtime,
+        "devices": devices,
+        "error": error,
     }
 
 

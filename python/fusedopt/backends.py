@@ -38,11 +38,10 @@ def register(operation: Operation) -> Operation:
 def why_missing(backend: str) -> str:
     """Why a backend can't run on this machine; empty if it can."""
     if backend == "cuda":
-        if not _C.built_with_cuda:
-            return f"built without CUDA kernels ({_C.cuda_decision})"
-        return "no kernel launches on a GPU in this version"
+        devices, _, why = _C.cuda_devices()
+        return why if devices == 0 else "this version has no CUDA kernels yet"
     if backend == "triton":
-        return "no Triton kernel in this version"
+        return "this version has no Triton kernels yet"
     return ""
 
 
