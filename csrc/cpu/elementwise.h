@@ -21,6 +21,16 @@ namespace fusedopt::FUSEDOPT_TARGET {
 
 constexpr int64_t kTile = 512;
 
+// Hardware prefetchers lose streams that run at equal offsets in their pages, as separately allocated tensors do: on
+// Zen 3 that cost a quarter of a bf16 step. Asking for each stream this far ahead brings it back.
+constexpr int64_t kPrefetchBytes = 256;
+
+template <typename Stored>
+FUSEDOPT_INLINE void prefetch(const void* data, int64_t i) {
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(data) + i * sizeof(Stored) +
+                                                   kPrefetchBytes));  // past the end it does nothing
+}
+
 // Calls f(codec) for the codec that a dtype is stored in.
 template <typename F>
 inline void with_codec(DType dtype, F f) {
@@ -129,6 +139,7 @@ class UnitRunner {
   template <bool kComplete, typename Scalars, size_t... R>
   static FUSEDOPT_INLINE void begin(const Scalars& scalars, const Roles& roles, int64_t i, Unit<S> (&x)[kRoles],
                                     std::index_sequence<R...>) {
+    ((has<kComplete>(R) ? prefetch<typename Codecs::Stored>(roles.data[R], i) : void()), ...);
     ((has<kComplete>(R) ? Codecs::load(static_cast<const typename Codecs::Stored*>(roles.data[R]) + i, x[R]) : void()),
      ...);
     Algorithm::begin(x[R][0]..., kComplete, scalars);
