@@ -53,8 +53,11 @@ $(VENV)/.test: $(VENV)/.torch
 	$(PIP) install -q -c constraints.txt pytest pytest-xdist hypothesis ml_dtypes expecttest matplotlib rich tqdm
 	@touch $@
 
+# deepspeed comes as a source that imports torch to build, and compiles its CPU Adam (minutes) at first use.
 $(VENV)/.bench: $(VENV)/.torch
-	$(PIP) install -q -c constraints.txt matplotlib rich
+	$(PIP) install -q -c constraints.txt matplotlib rich bitsandbytes torchao
+	$(PIP) install -q -c constraints.txt einops hjson msgpack psutil py-cpuinfo pydantic tqdm packaging
+	$(PIP) install -q -c constraints.txt --no-deps --no-build-isolation deepspeed
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.venv

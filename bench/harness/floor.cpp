@@ -21,8 +21,7 @@ struct Table {
 };
 
 template <typename P, typename S>
-void sweep_tensor(P* __restrict p, const P* __restrict g, S* __restrict m, S* __restrict v, int64_t n,
-                  uint32_t mask) {
+void sweep_tensor(P* __restrict p, const P* __restrict g, S* __restrict m, S* __restrict v, int64_t n, uint32_t mask) {
   for (int64_t i = 0; i < n; ++i) {
     const uint32_t word = g[i] & mask;
     p[i] = static_cast<P>(p[i] + word);
@@ -39,10 +38,9 @@ void sweep_range(const Table& table, int64_t begin, int64_t end) {
     const int64_t from = std::max<int64_t>(begin - start, 0);
     const int64_t to = std::min(end - start, table.numel[i]);
     if (from < to) {
-      sweep_tensor(static_cast<P*>(table.param[i]) + from,
-                   static_cast<const P*>(table.grad[i]) + from,
-                   static_cast<S*>(table.first[i]) + from, static_cast<S*>(table.second[i]) + from,
-                   to - from, table.mask);
+      sweep_tensor(static_cast<P*>(table.param[i]) + from, static_cast<const P*>(table.grad[i]) + from,
+                   static_cast<S*>(table.first[i]) + from, static_cast<S*>(table.second[i]) + from, to - from,
+                   table.mask);
     }
   }
 }
@@ -67,8 +65,8 @@ void sweep(const Table& table, int64_t threads) {
 // Parameters and gradients of param_bytes per element, states of state_bytes: (4, 4), (2, 2), (2, 4).
 // Returns 0, or 1 for sizes it does not know.
 extern "C" int read4_write3(int64_t count, const int64_t* numel, void* const* param, void* const* grad,
-                            void* const* first, void* const* second, int param_bytes,
-                            int state_bytes, int64_t threads, uint32_t mask) {
+                            void* const* first, void* const* second, int param_bytes, int state_bytes, int64_t threads,
+                            uint32_t mask) {
   const Table table{count, numel, param, grad, first, second, mask};
   if (param_bytes == 4 && state_bytes == 4) {
     sweep<uint32_t, uint32_t>(table, threads);

@@ -86,7 +86,7 @@ class Trail {
   }
 
  private:
-  static constexpr size_t kAhead = 6;
+  static constexpr size_t kAhead = 12;
   static constexpr int kAddresses = 24;
   struct Row {
     const void* addresses[kAddresses] = {};

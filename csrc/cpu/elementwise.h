@@ -27,8 +27,9 @@ constexpr int64_t kPrefetchBytes = 256;
 
 template <typename Stored>
 FUSEDOPT_INLINE void prefetch(const void* data, int64_t i) {
-  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(data) + i * sizeof(Stored) +
-                                                   kPrefetchBytes));  // past the end it does nothing
+  __builtin_prefetch(
+      reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(data) + i * sizeof(Stored) + kPrefetchBytes), 0,
+      0);  // past the end it does nothing
 }
 
 // Calls f(codec) for the codec that a dtype is stored in.
@@ -215,6 +216,14 @@ inline void run_row(const Algorithm& algorithm, const TensorTable& table, const 
     run_through_tiles<float>(algorithm, row, layout, begin, end);
 }
 
+// A row's first lines, while the row before it is at work: among thousands of small tensors every start is a miss.
+inline void prefetch_start(const TensorRow& row, int roles) {
+  for (int role = 0; role < roles; ++role)
+    for (int64_t at = 0; row.data[role] && at < 2 * kPrefetchBytes && at < row.numel * size_of(row.dtype[role]);
+         at += 64)
+      __builtin_prefetch(static_cast<const char*>(row.data[role]) + at);
+}
+
 // make(row) builds the algorithm for a row.
 template <typename Make>
 inline void run_elements(const TensorTable& table, int64_t begin, int64_t end, Make make) {
@@ -227,6 +236,7 @@ inline void run_elements(const TensorTable& table, int64_t begin, int64_t end, M
     const TensorRow& row = table.rows[r];
     const int64_t from = begin > table.starts[r] ? begin - table.starts[r] : 0;
     const int64_t to = end < table.starts[r + 1] ? end - table.starts[r] : row.numel;
+    if (r + 1 < table.size) prefetch_start(table.rows[r + 1], table.roles);
     run_row(make(row), table, row, from, to);
   }
 }

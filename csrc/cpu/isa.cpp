@@ -23,7 +23,7 @@ bool has_avx2() {
 #endif
 
 constexpr Isa kIsas[] = {
-    // widest first
+// widest first
 #if defined(__x86_64__)
     {"avx512", &avx512::kernels, has_avx512},
     {"avx2", &avx2::kernels, has_avx2},

@@ -20,8 +20,8 @@ constexpr size_t kMaxKernelParameterBytes = 32764;  // since CUDA 12.1, for sm_7
 namespace detail {
 
 template <typename... P, typename... A>
-cudaError_t launch(unsigned attribute_count, void (*kernel)(P...), dim3 grid, dim3 block,
-                   size_t smem_bytes, cudaStream_t stream, A&&... arguments) {
+cudaError_t launch(unsigned attribute_count, void (*kernel)(P...), dim3 grid, dim3 block, size_t smem_bytes,
+                   cudaStream_t stream, A&&... arguments) {
   static_assert((sizeof(P) + ... + 0) <= kMaxKernelParameterBytes);
   cudaLaunchAttribute cooperative{};
   cooperative.id = cudaLaunchAttributeCooperative;
@@ -38,8 +38,7 @@ cudaError_t launch(unsigned attribute_count, void (*kernel)(P...), dim3 grid, di
     return cuda_host::launch(config, kernel, parameters...);
 #else
     const void* addresses[] = {&parameters...};
-    return cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel),
-                               const_cast<void**>(addresses));
+    return cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), const_cast<void**>(addresses));
 #endif
   };
   return start(std::forward<A>(arguments)...);
@@ -49,27 +48,24 @@ cudaError_t launch(unsigned attribute_count, void (*kernel)(P...), dim3 grid, di
 
 // Returns this launch's own status; cudaGetLastError may hold somebody else's.
 template <typename... P, typename... A>
-cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t smem_bytes,
-                   cudaStream_t stream, A&&... arguments) {
+cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t smem_bytes, cudaStream_t stream,
+                   A&&... arguments) {
   return detail::launch(0, kernel, grid, block, smem_bytes, stream, std::forward<A>(arguments)...);
 }
 
 // The same, with all thread blocks resident at once, or an error where they don't fit: what
 // grid_barrier needs.
 template <typename... P, typename... A>
-cudaError_t launch_cooperative(void (*kernel)(P...), dim3 grid, dim3 block, size_t smem_bytes,
-                               cudaStream_t stream, A&&... arguments) {
+cudaError_t launch_cooperative(void (*kernel)(P...), dim3 grid, dim3 block, size_t smem_bytes, cudaStream_t stream,
+                               A&&... arguments) {
   return detail::launch(1, kernel, grid, block, smem_bytes, stream, std::forward<A>(arguments)...);
 }
 
-inline Status status_of(cudaError_t error) {
-  return {error == cudaSuccess ? nullptr : cudaGetErrorString(error)};
-}
+inline Status status_of(cudaError_t error) { return {error == cudaSuccess ? nullptr : cudaGetErrorString(error)}; }
 
 // DYNAMIC_SMEM(float, tile): the thread block's dynamic shared memory, as float* tile.
 #ifdef CUDA_HOST_SHIM
-#define DYNAMIC_SMEM(T, name) \
-  T* const name = reinterpret_cast<T*>(cuda_host::dynamic_shared_memory())
+#define DYNAMIC_SMEM(T, name) T* const name = reinterpret_cast<T*>(cuda_host::dynamic_shared_memory())
 #else
 #define DYNAMIC_SMEM(T, name)                                          \
   extern __shared__ __align__(128) unsigned char dynamic_smem_bytes[]; \

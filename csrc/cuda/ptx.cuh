@@ -20,15 +20,13 @@ namespace fusedopt {
 //   b[0] column g, rows 2t, 2t+1        b[1] column g, rows 2t+8, 2t+9
 //   d[0], d[1] row g, columns 2t, 2t+1  d[2], d[3] row g+8, columns 2t, 2t+1
 // Products are exact, sums are fp32 and rounded toward zero.
-__device__ inline void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4],
-                                         const uint32_t (&b)[2]) {
+__device__ inline void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
       "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
-__device__ inline void mma_m16n8k16_f16(float (&d)[4], const uint32_t (&a)[4],
-                                        const uint32_t (&b)[2]) {
+__device__ inline void mma_m16n8k16_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
       "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
@@ -83,9 +81,7 @@ __device__ inline uint4 ld_global_nc_16(const void* from) {
                : "l"(__cvta_generic_to_global(from)));
   return v;
 }
-__device__ inline uint4 ld_global_cs_16(const void* from) {
-  return __ldcs(static_cast<const uint4*>(from));
-}
+__device__ inline uint4 ld_global_cs_16(const void* from) { return __ldcs(static_cast<const uint4*>(from)); }
 __device__ inline void st_global_cs_16(void* to, uint4 v) { __stcs(static_cast<uint4*>(to), v); }
 
 // ---- order between thread blocks
@@ -101,16 +97,11 @@ __device__ inline uint32_t atomic_add_release(uint32_t* word, uint32_t value) {
   return before;
 }
 __device__ inline void store_release(uint32_t* word, uint32_t value) {
-  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(__cvta_generic_to_global(word)),
-               "r"(value)
-               : "memory");
+  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(__cvta_generic_to_global(word)), "r"(value) : "memory");
 }
 __device__ inline uint32_t load_acquire(const uint32_t* word) {
   uint32_t value;
-  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];"
-               : "=r"(value)
-               : "l"(__cvta_generic_to_global(word))
-               : "memory");
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(__cvta_generic_to_global(word)) : "memory");
   return value;
 }
 

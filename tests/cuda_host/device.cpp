@@ -26,12 +26,9 @@ struct Architecture {
 constexpr int kKilobyte = 1024;
 constexpr int kReservedShared = 1 * kKilobyte;  // per block, by the system
 constexpr Architecture kArchitectures[] = {
-    {80, 2048, 32, 164 * kKilobyte, 163 * kKilobyte},
-    {86, 1536, 16, 100 * kKilobyte, 99 * kKilobyte},
-    {89, 1536, 24, 100 * kKilobyte, 99 * kKilobyte},
-    {90, 2048, 32, 228 * kKilobyte, 227 * kKilobyte},
-    {100, 2048, 32, 228 * kKilobyte, 227 * kKilobyte},
-    {120, 1536, 24, 100 * kKilobyte, 99 * kKilobyte},
+    {80, 2048, 32, 164 * kKilobyte, 163 * kKilobyte},  {86, 1536, 16, 100 * kKilobyte, 99 * kKilobyte},
+    {89, 1536, 24, 100 * kKilobyte, 99 * kKilobyte},   {90, 2048, 32, 228 * kKilobyte, 227 * kKilobyte},
+    {100, 2048, 32, 228 * kKilobyte, 227 * kKilobyte}, {120, 1536, 24, 100 * kKilobyte, 99 * kKilobyte},
 };
 constexpr int kSharedWithoutOptIn = 48 * kKilobyte;
 constexpr int kThreadsPerBlock = 1024;
@@ -81,12 +78,11 @@ cudaError_t check(const cudaLaunchConfig_t& c, const void* kernel, bool cooperat
 
 void note(const cudaLaunchConfig_t& c, const std::string& name, bool cooperative) {
   if (kernels.insert(name).second)
-    if (const char* log = std::getenv("CUDA_HOST_KERNEL_LOG"))
-      std::ofstream(log, std::ios::app) << name << '\n';
+    if (const char* log = std::getenv("CUDA_HOST_KERNEL_LOG")) std::ofstream(log, std::ios::app) << name << '\n';
   std::ostringstream line;
   const dim3 g = c.gridDim, b = c.blockDim;
-  line << name << '\t' << g.x << ',' << g.y << ',' << g.z << '\t' << b.x << ',' << b.y << ',' << b.z
-       << '\t' << c.dynamicSmemBytes << '\t' << reinterpret_cast<uintptr_t>(c.stream) << '\t'
+  line << name << '\t' << g.x << ',' << g.y << ',' << g.z << '\t' << b.x << ',' << b.y << ',' << b.z << '\t'
+       << c.dynamicSmemBytes << '\t' << reinterpret_cast<uintptr_t>(c.stream) << '\t'
        << (cooperative ? "cooperative" : "") << '\n';
   launches += line.str();
 }
@@ -101,8 +97,7 @@ cudaError_t remember(cudaError_t error) {
 cudaError_t launch_body(const cudaLaunchConfig_t& config, const void* kernel, Body body) {
   bool cooperative = false;
   for (unsigned i = 0; i < config.numAttrs; ++i)
-    if (config.attrs[i].id == cudaLaunchAttributeCooperative)
-      cooperative = config.attrs[i].val.cooperative != 0;
+    if (config.attrs[i].id == cudaLaunchAttributeCooperative) cooperative = config.attrs[i].val.cooperative != 0;
   {
     const std::lock_guard<std::mutex> lock(mutex);
     const cudaError_t refused = check(config, kernel, cooperative);
@@ -112,8 +107,7 @@ cudaError_t launch_body(const cudaLaunchConfig_t& config, const void* kernel, Bo
   const dim3 grid = config.gridDim;
   // A plain grid gets no promise that its blocks are resident together: here they never are.
   const int64_t resident = cooperative ? int64_t(grid.x) * grid.y * grid.z : 1;
-  const std::string wrong =
-      run_grid(grid, config.blockDim, config.dynamicSmemBytes, resident, body);
+  const std::string wrong = run_grid(grid, config.blockDim, config.dynamicSmemBytes, resident, body);
   if (wrong.empty()) return cudaSuccess;
   const std::lock_guard<std::mutex> lock(mutex);
   failure = function_name(kernel) + ": " + wrong;
@@ -149,20 +143,13 @@ cudaError_t CUDARTAPI cudaPeekAtLastError() { return last_error; }
 
 const char* CUDARTAPI cudaGetErrorString(cudaError_t error) {
   switch (error) {
-    case cudaSuccess:
-      return "no error";
-    case cudaErrorInvalidValue:
-      return "invalid argument";
-    case cudaErrorInvalidConfiguration:
-      return "invalid configuration argument";
-    case cudaErrorInvalidDevice:
-      return "invalid device ordinal";
-    case cudaErrorCooperativeLaunchTooLarge:
-      return "too many blocks in cooperative launch";
-    case cudaErrorLaunchFailure:
-      return failure.c_str();
-    default:
-      return "an error that the host shim does not know";
+    case cudaSuccess: return "no error";
+    case cudaErrorInvalidValue: return "invalid argument";
+    case cudaErrorInvalidConfiguration: return "invalid configuration argument";
+    case cudaErrorInvalidDevice: return "invalid device ordinal";
+    case cudaErrorCooperativeLaunchTooLarge: return "too many blocks in cooperative launch";
+    case cudaErrorLaunchFailure: return failure.c_str();
+    default: return "an error that the host shim does not know";
   }
 }
 
@@ -174,58 +161,34 @@ cudaError_t CUDARTAPI cudaGetDevice(int* device) {
   *device = 0;
   return cudaSuccess;
 }
-cudaError_t CUDARTAPI cudaSetDevice(int device) {
-  return remember(device == 0 ? cudaSuccess : cudaErrorInvalidDevice);
-}
+cudaError_t CUDARTAPI cudaSetDevice(int device) { return remember(device == 0 ? cudaSuccess : cudaErrorInvalidDevice); }
 
 cudaError_t CUDARTAPI cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
   if (device != 0) return remember(cudaErrorInvalidDevice);
   const Architecture& a = architecture();
   switch (attribute) {
-    case cudaDevAttrMultiProcessorCount:
-      *value = sm_count();
-      return cudaSuccess;
-    case cudaDevAttrComputeCapabilityMajor:
-      *value = a.number / 10;
-      return cudaSuccess;
-    case cudaDevAttrComputeCapabilityMinor:
-      *value = a.number % 10;
-      return cudaSuccess;
-    case cudaDevAttrMaxThreadsPerMultiProcessor:
-      *value = a.threads_per_sm;
-      return cudaSuccess;
-    case cudaDevAttrMaxThreadsPerBlock:
-      *value = kThreadsPerBlock;
-      return cudaSuccess;
-    case cudaDevAttrMaxSharedMemoryPerBlock:
-      *value = kSharedWithoutOptIn;
-      return cudaSuccess;
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
-      *value = a.shared_per_block;
-      return cudaSuccess;
-    case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
-      *value = a.shared_per_sm;
-      return cudaSuccess;
-    case cudaDevAttrWarpSize:
-      *value = kWarpSize;
-      return cudaSuccess;
-    case cudaDevAttrCooperativeLaunch:
-      *value = 1;
-      return cudaSuccess;
-    default:
-      return remember(cudaErrorInvalidValue);
+    case cudaDevAttrMultiProcessorCount: *value = sm_count(); return cudaSuccess;
+    case cudaDevAttrComputeCapabilityMajor: *value = a.number / 10; return cudaSuccess;
+    case cudaDevAttrComputeCapabilityMinor: *value = a.number % 10; return cudaSuccess;
+    case cudaDevAttrMaxThreadsPerMultiProcessor: *value = a.threads_per_sm; return cudaSuccess;
+    case cudaDevAttrMaxThreadsPerBlock: *value = kThreadsPerBlock; return cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerBlock: *value = kSharedWithoutOptIn; return cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = a.shared_per_block; return cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerMultiprocessor: *value = a.shared_per_sm; return cudaSuccess;
+    case cudaDevAttrWarpSize: *value = kWarpSize; return cudaSuccess;
+    case cudaDevAttrCooperativeLaunch: *value = 1; return cudaSuccess;
+    default: return remember(cudaErrorInvalidValue);
   }
 }
 
 // What the runtime's template of the same name without "WithFlags" calls.
-cudaError_t CUDARTAPI cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(
-    int* blocks, const void*, int threads, size_t shared, unsigned) {
+cudaError_t CUDARTAPI cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, const void*, int threads,
+                                                                             size_t shared, unsigned) {
   *blocks = blocks_per_sm(threads, shared);
   return cudaSuccess;
 }
 
-cudaError_t CUDARTAPI cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute,
-                                           int value) {
+cudaError_t CUDARTAPI cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
   const std::lock_guard<std::mutex> lock(mutex);
   if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
   if (value < 0 || value > architecture().shared_per_block) return remember(cudaErrorInvalidValue);

@@ -5,9 +5,7 @@
 
 // ---- barriers and warp operations
 
-inline void __syncthreads(cuda_host::Site site = cuda_host::Site::here()) {
-  cuda_host::block_barrier(false, site);
-}
+inline void __syncthreads(cuda_host::Site site = cuda_host::Site::here()) { cuda_host::block_barrier(false, site); }
 inline int __syncthreads_count(int predicate, cuda_host::Site site = cuda_host::Site::here()) {
   return cuda_host::block_barrier(predicate != 0, site);
 }
@@ -30,56 +28,47 @@ T shuffle(uint32_t mask, T value, int source, bool in_segment, const char* opera
   const Exchange lanes = warp_exchange(mask, to_bits(value), operation, site);
   if (!in_segment) return value;
   if (!(lanes.present >> source & 1))
-    fail("%s at %s:%d reads lane %d, which did not take part", operation, site.file, site.line,
-         source);
+    fail("%s at %s:%d reads lane %d, which did not take part", operation, site.file, site.line, source);
   return from_bits<T>(lanes.value[source]);
 }
 
 }  // namespace cuda_host
 
 template <typename T>
-T __shfl_sync(uint32_t mask, T value, int source, int width = 32,
-              cuda_host::Site site = cuda_host::Site::here()) {
+T __shfl_sync(uint32_t mask, T value, int source, int width = 32, cuda_host::Site site = cuda_host::Site::here()) {
   const int segment = cuda_host::lane_id() & ~(width - 1);
-  return cuda_host::shuffle(mask, value, segment | (source & (width - 1)), true, "__shfl_sync()",
-                            site);
+  return cuda_host::shuffle(mask, value, segment | (source & (width - 1)), true, "__shfl_sync()", site);
 }
 template <typename T>
-T __shfl_xor_sync(uint32_t mask, T value, int bits, int width = 32,
-                  cuda_host::Site site = cuda_host::Site::here()) {
+T __shfl_xor_sync(uint32_t mask, T value, int bits, int width = 32, cuda_host::Site site = cuda_host::Site::here()) {
   const int lane = cuda_host::lane_id(), source = lane ^ bits;
-  return cuda_host::shuffle(mask, value, source, source / width <= lane / width,
-                            "__shfl_xor_sync()", site);
+  return cuda_host::shuffle(mask, value, source, source / width <= lane / width, "__shfl_xor_sync()", site);
 }
 template <typename T>
 T __shfl_down_sync(uint32_t mask, T value, unsigned delta, int width = 32,
                    cuda_host::Site site = cuda_host::Site::here()) {
   const int lane = cuda_host::lane_id(), source = lane + int(delta);
-  return cuda_host::shuffle(mask, value, source, source / width == lane / width,
-                            "__shfl_down_sync()", site);
+  return cuda_host::shuffle(mask, value, source, source / width == lane / width, "__shfl_down_sync()", site);
 }
 template <typename T>
 T __shfl_up_sync(uint32_t mask, T value, unsigned delta, int width = 32,
                  cuda_host::Site site = cuda_host::Site::here()) {
   const int lane = cuda_host::lane_id(), source = lane - int(delta);
-  return cuda_host::shuffle(mask, value, source, source >= 0 && source / width == lane / width,
-                            "__shfl_up_sync()", site);
+  return cuda_host::shuffle(mask, value, source, source >= 0 && source / width == lane / width, "__shfl_up_sync()",
+                            site);
 }
 
-inline uint32_t __ballot_sync(uint32_t mask, int predicate,
-                              cuda_host::Site site = cuda_host::Site::here()) {
+inline uint32_t __ballot_sync(uint32_t mask, int predicate, cuda_host::Site site = cuda_host::Site::here()) {
   const auto lanes = cuda_host::warp_exchange(mask, predicate != 0, "a vote", site);
   uint32_t votes = 0;
   for (int lane = 0; lane < 32; ++lane)
     if (lanes.present >> lane & 1 && lanes.value[lane]) votes |= 1u << lane;
   return votes;
 }
-inline int __any_sync(uint32_t mask, int predicate,
-                      cuda_host::Site site = cuda_host::Site::here()) {
+inline int __any_sync(uint32_t mask, int predicate, cuda_host::Site site = cuda_host::Site::here()) {
   return __ballot_sync(mask, predicate, site) != 0;
 }
-inline int __all_sync(uint32_t mask, int predicate,
-                      cuda_host::Site site = cuda_host::Site::here()) {
+inline int __all_sync(uint32_t mask, int predicate, cuda_host::Site site = cuda_host::Site::here()) {
   return __ballot_sync(mask, !predicate, site) == 0;
 }
 
@@ -122,8 +111,7 @@ CUDA_HOST_ATOMIC(atomicDec, old == 0 || old > value ? value : old - 1)
 #undef CUDA_HOST_ATOMIC
 
 template <typename T>
-T atomicCAS(T* address, typename cuda_host::Same<T>::Type expected,
-            typename cuda_host::Same<T>::Type desired) {
+T atomicCAS(T* address, typename cuda_host::Same<T>::Type expected, typename cuda_host::Same<T>::Type desired) {
   return cuda_host::atomic_update(address, [&](T old) { return old == expected ? desired : old; });
 }
 
@@ -201,13 +189,9 @@ CUDA_HOST_REINTERPRET(__longlong_as_double, long long, double)
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }
 inline int __clz(int x) { return x ? __builtin_clz(unsigned(x)) : 32; }
-inline int __clzll(long long x) {
-  return x ? __builtin_clzll(static_cast<unsigned long long>(x)) : 64;
-}
+inline int __clzll(long long x) { return x ? __builtin_clzll(static_cast<unsigned long long>(x)) : 64; }
 inline int __ffs(int x) { return __builtin_ffs(x); }
-inline unsigned __umulhi(unsigned a, unsigned b) {
-  return unsigned(static_cast<unsigned long long>(a) * b >> 32);
-}
+inline unsigned __umulhi(unsigned a, unsigned b) { return unsigned(static_cast<unsigned long long>(a) * b >> 32); }
 inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b) {
   return static_cast<unsigned long long>(static_cast<unsigned __int128>(a) * b >> 64);
 }

@@ -96,8 +96,8 @@ void Fiber::suspend_for_good() {
 }
 
 Stacks::Stacks(size_t count) : count_(count) {
-  void* memory = mmap(nullptr, count * kBytes, PROT_READ | PROT_WRITE,
-                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void* memory =
+      mmap(nullptr, count * kBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED) throw std::bad_alloc();
   memory_ = static_cast<char*>(memory);
   const size_t page = size_t(sysconf(_SC_PAGESIZE));

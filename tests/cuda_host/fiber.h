@@ -36,9 +36,7 @@ class Stacks {
 
   char* operator[](size_t i) const { return memory_ + i * kBytes; }
   size_t size() const { return count_; }
-  bool contains(const void* address) const {
-    return address >= memory_ && address < memory_ + count_ * kBytes;
-  }
+  bool contains(const void* address) const { return address >= memory_ && address < memory_ + count_ * kBytes; }
 
  private:
   size_t count_;

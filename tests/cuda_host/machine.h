@@ -17,9 +17,7 @@ constexpr int kWarpSize = 32;
 struct Site {  // where in the source a thread waits; as a default argument, the caller's own line
   const char* file;
   int line;
-  static constexpr Site here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
-    return {file, line};
-  }
+  static constexpr Site here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) { return {file, line}; }
 };
 
 // Ends the launch: it returns cudaErrorLaunchFailure, and cudaGetErrorString tells this message.
@@ -72,8 +70,7 @@ T from_bits(uint64_t bits) {
 template <typename T>
 void check_alignment(const T* address, size_t alignment = sizeof(T)) {
   if (reinterpret_cast<uintptr_t>(address) % alignment != 0)
-    fail("misaligned access: %p is not a multiple of %zu", static_cast<const void*>(address),
-         alignment);
+    fail("misaligned access: %p is not a multiple of %zu", static_cast<const void*>(address), alignment);
 }
 
 struct Body {  // a kernel with its arguments, as one thread runs it
@@ -92,7 +89,6 @@ cudaError_t launch(const cudaLaunchConfig_t& config, void (*kernel)(P...), A&...
 }
 
 // Runs every thread of a grid, `resident` thread blocks at a time; returns what went wrong, or "".
-std::string run_grid(dim3 grid, dim3 block, size_t dynamic_shared_bytes, int64_t resident,
-                     Body body);
+std::string run_grid(dim3 grid, dim3 block, size_t dynamic_shared_bytes, int64_t resident, Body body);
 
 }  // namespace cuda_host

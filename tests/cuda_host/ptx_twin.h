@@ -28,11 +28,10 @@ inline float round_toward_zero(double sum) {
 }
 
 template <typename Decode>
-void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Decode decode,
-                  Site site) {
+void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Decode decode, Site site) {
   constexpr uint32_t kAll = ~0u;
   uint32_t a_of[4][kWarpSize], b_of[2][kWarpSize];  // by register and lane
-  const auto gather = [&](uint32_t (*of)[kWarpSize], const uint32_t* registers) {
+  const auto gather = [&](uint32_t(*of)[kWarpSize], const uint32_t* registers) {
     const uint64_t two = uint64_t(registers[1]) << 32 | registers[0];
     const Exchange lanes = warp_exchange(kAll, two, "mma", site);
     if (lanes.present != kAll) fail("mma at %s:%d needs all lanes", site.file, site.line);
@@ -51,8 +50,7 @@ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
     double sum = d[i];
     for (int k = 0; k < 16; ++k) {
       const int lane_of_k = k % 8 / 2;
-      sum += half(a_of[row_half + 2 * (k / 8)][4 * g + lane_of_k], k) *
-             half(b_of[k / 8][4 * column + lane_of_k], k);
+      sum += half(a_of[row_half + 2 * (k / 8)][4 * g + lane_of_k], k) * half(b_of[k / 8][4 * column + lane_of_k], k);
     }
     d[i] = round_toward_zero(sum);
   }
@@ -69,8 +67,7 @@ inline void gather_rows(MatrixRow (&rows)[kWarpSize], const void* row, Site site
   for (int h = 0; h < 2; ++h) {
     const Exchange lanes = warp_exchange(~0u, halves[h], "ldmatrix", site);
     if (lanes.present != ~0u) fail("ldmatrix at %s:%d needs all lanes", site.file, site.line);
-    for (int lane = 0; lane < kWarpSize; ++lane)
-      std::memcpy(rows[lane].number + 4 * h, &lanes.value[lane], 8);
+    for (int lane = 0; lane < kWarpSize; ++lane) std::memcpy(rows[lane].number + 4 * h, &lanes.value[lane], 8);
   }
 }
 
@@ -87,8 +84,7 @@ inline void mma_m16n8k16_f16(float (&d)[4], const uint32_t (&a)[4], const uint32
   cuda_host::mma_m16n8k16(d, a, b, cuda_host::fp16_value, site);
 }
 
-inline void ldmatrix_x4(uint32_t (&r)[4], const void* row,
-                        cuda_host::Site site = cuda_host::Site::here()) {
+inline void ldmatrix_x4(uint32_t (&r)[4], const void* row, cuda_host::Site site = cuda_host::Site::here()) {
   cuda_host::MatrixRow rows[32];
   cuda_host::gather_rows(rows, row, site);
   const int g = cuda_host::lane_id() / 4, t = cuda_host::lane_id() % 4;
@@ -97,13 +93,11 @@ inline void ldmatrix_x4(uint32_t (&r)[4], const void* row,
     r[i] = uint32_t(numbers[2 * t + 1]) << 16 | numbers[2 * t];
   }
 }
-inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row,
-                              cuda_host::Site site = cuda_host::Site::here()) {
+inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row, cuda_host::Site site = cuda_host::Site::here()) {
   cuda_host::MatrixRow rows[32];
   cuda_host::gather_rows(rows, row, site);
   const int g = cuda_host::lane_id() / 4, t = cuda_host::lane_id() % 4;
-  for (int i = 0; i < 4; ++i)
-    r[i] = uint32_t(rows[8 * i + 2 * t + 1].number[g]) << 16 | rows[8 * i + 2 * t].number[g];
+  for (int i = 0; i < 4; ++i) r[i] = uint32_t(rows[8 * i + 2 * t + 1].number[g]) << 16 | rows[8 * i + 2 * t].number[g];
 }
 
 // The copy lands as late as it may, at the wait. Until then the destination holds NaN bytes, so one

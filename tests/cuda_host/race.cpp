@@ -89,8 +89,7 @@ ThreadHistory& this_thread() { return this_block().threads[machine.thread]; }
 
 bool happened_before(const Stamp& s) {
   const BlockHistory& block = this_block();
-  if (s.block == machine.block->number && (s.thread == machine.thread || s.epoch < block.epoch))
-    return true;
+  if (s.block == machine.block->number && (s.thread == machine.thread || s.epoch < block.epoch)) return true;
   return block.known.covers(s) || this_thread().known.covers(s);
 }
 
@@ -112,9 +111,8 @@ std::string source_line(const void* code) {
 
 [[noreturn]] void report(const Access& earlier, const Access& now) {
   const auto verb = [](const Access& a) { return a.writes ? "write" : "read"; };
-  fail("data race: %s at %s, and %s by thread %d of block %lld at %s", verb(now),
-       source_line(now.code).c_str(), verb(earlier), earlier.thread,
-       static_cast<long long>(earlier.block), source_line(earlier.code).c_str());
+  fail("data race: %s at %s, and %s by thread %d of block %lld at %s", verb(now), source_line(now.code).c_str(),
+       verb(earlier), earlier.thread, static_cast<long long>(earlier.block), source_line(earlier.code).c_str());
 }
 
 void check_word(uintptr_t address, const Access& now) {
@@ -123,12 +121,12 @@ void check_word(uintptr_t address, const Access& now) {
   for (int i = 0; i < word.count; ++i) {
     const Access& earlier = word.accesses[i];
     const bool ordered = happened_before(earlier);
-    const bool conflict = (earlier.bytes & now.bytes) && (earlier.writes || now.writes) &&
-                          !(earlier.atomic && now.atomic);
+    const bool conflict =
+        (earlier.bytes & now.bytes) && (earlier.writes || now.writes) && !(earlier.atomic && now.atomic);
     if (conflict && !ordered) report(earlier, now);
     // Whatever would race with a superseded access also races with this one.
-    const bool superseded = ordered && !(earlier.bytes & ~now.bytes) &&
-                            (now.writes || !earlier.writes) && (earlier.atomic || !now.atomic);
+    const bool superseded =
+        ordered && !(earlier.bytes & ~now.bytes) && (now.writes || !earlier.writes) && (earlier.atomic || !now.atomic);
     if (!superseded) word.accesses[kept++] = earlier;
   }
   word.count = kept;
@@ -142,9 +140,8 @@ void access(const volatile void* where, size_t size, bool writes, bool atomic, c
   if (!in_kernel || machine.block->stacks->contains(const_cast<const void*>(where))) return;
   const auto first = reinterpret_cast<uintptr_t>(where);
   // Blocks have their shared memory at the same addresses, one after another.
-  const uintptr_t space = is_shared_memory(const_cast<const void*>(where), size)
-                              ? uintptr_t(machine.block->number + 1) << 48
-                              : 0;
+  const uintptr_t space =
+      is_shared_memory(const_cast<const void*>(where), size) ? uintptr_t(machine.block->number + 1) << 48 : 0;
   const Stamp stamp{machine.block->number, machine.thread, this_block().epoch, this_thread().clock};
   Access now{stamp, code, 0, writes, atomic};
   for (uintptr_t word = first / 8; word <= (first + size - 1) / 8; ++word) {

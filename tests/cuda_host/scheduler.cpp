@@ -67,8 +67,7 @@ void start(Block& block, int64_t number) {
   block.returned = block.at_barrier = block.predicates = 0;
   block.threads.resize(count);
   block.states.assign(count, State::kReady);
-  if (!block.stacks || int(block.stacks->size()) < count)
-    block.stacks = std::make_unique<Stacks>(count);
+  if (!block.stacks || int(block.stacks->size()) < count) block.stacks = std::make_unique<Stacks>(count);
   for (int t = 0; t < count; ++t) {
     Thread& thread = block.threads[t];
     thread.fiber.start((*block.stacks)[t], run_kernel_to_its_end);
@@ -85,8 +84,7 @@ void start(Block& block, int64_t number) {
   }
   block.shared.assign(shared_bytes(), char(kUnwritten));
   void* dynamic = nullptr;  // a fresh allocation: ASan watches both of its ends
-  if (posix_memalign(&dynamic, 128, std::max<size_t>(machine.dynamic_shared_bytes, 1)) != 0)
-    throw std::bad_alloc();
+  if (posix_memalign(&dynamic, 128, std::max<size_t>(machine.dynamic_shared_bytes, 1)) != 0) throw std::bad_alloc();
   std::memset(dynamic, kUnwritten, machine.dynamic_shared_bytes);
   block.dynamic_shared.reset(static_cast<char*>(dynamic));
   race::on_block_start(number, count);
@@ -145,12 +143,11 @@ std::string describe_deadlock(const std::vector<Block*>& resident) {
   for (const Block* block : resident)
     for (size_t t = 0; t < block->threads.size(); ++t) {
       const Thread& thread = block->threads[t];
-      std::string where = "block (" + std::to_string(block->index.x) + "," +
-                          std::to_string(block->index.y) + "," + std::to_string(block->index.z);
-      where += block->states[t] == State::kReturned
-                   ? "): returned"
-                   : "): wait in " + std::string(thread.operation) + " at " + thread.site.file +
-                         ":" + std::to_string(thread.site.line);
+      std::string where = "block (" + std::to_string(block->index.x) + "," + std::to_string(block->index.y) + "," +
+                          std::to_string(block->index.z);
+      where += block->states[t] == State::kReturned ? "): returned"
+                                                    : "): wait in " + std::string(thread.operation) + " at " +
+                                                          thread.site.file + ":" + std::to_string(thread.site.line);
       ++waiting[where];
     }
   std::string text = "deadlock: no thread can go on";
@@ -175,8 +172,7 @@ std::vector<std::unique_ptr<Block>> slots;  // kept between launches, for their 
 
 }  // namespace
 
-std::string run_grid(dim3 grid, dim3 block, size_t dynamic_shared_bytes, int64_t resident,
-                     Body body) {
+std::string run_grid(dim3 grid, dim3 block, size_t dynamic_shared_bytes, int64_t resident, Body body) {
   const std::lock_guard<std::mutex> one_at_a_time(launches);
   machine = {};
   machine.body = body;
@@ -213,9 +209,7 @@ std::string run_grid(dim3 grid, dim3 block, size_t dynamic_shared_bytes, int64_t
       race::on_block_end(b->number);
     }
     if (!progress) machine.failure = describe_deadlock(running);
-    running.erase(
-        std::remove_if(running.begin(), running.end(), [](Block* b) { return b->done(); }),
-        running.end());
+    running.erase(std::remove_if(running.begin(), running.end(), [](Block* b) { return b->done(); }), running.end());
   }
   slots.clear();  // the fibers left behind hold frames on their stacks
   return machine.failure;

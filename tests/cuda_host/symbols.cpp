@@ -41,8 +41,7 @@ struct Symbols {
     const auto* header = reinterpret_cast<const Elf64_Ehdr*>(file.data());
     const auto* sections = reinterpret_cast<const Elf64_Shdr*>(file.data() + header->e_shoff);
     for (int s = 0; s < header->e_shnum; ++s)
-      if (sections[s].sh_type == SHT_SYMTAB)
-        read(file.data(), sections[s], sections[sections[s].sh_link]);
+      if (sections[s].sh_type == SHT_SYMTAB) read(file.data(), sections[s], sections[sections[s].sh_link]);
   }
 
   void read(const char* file, const Elf64_Shdr& table, const Elf64_Shdr& strings) {
@@ -54,8 +53,7 @@ struct Symbols {
       const int type = ELF64_ST_TYPE(symbol.st_info);
       if (type == STT_FUNC) functions[symbol.st_value] = name;
       if (type == STT_TLS && name.rfind(kShared, 0) == 0)
-        shared.push_back(
-            {demangled(name.c_str() + sizeof kShared - 1), symbol.st_value, symbol.st_size});
+        shared.push_back({demangled(name.c_str() + sizeof kShared - 1), symbol.st_value, symbol.st_size});
     }
   }
 };
@@ -85,8 +83,7 @@ char* shared_segment() {
 const char* library_path() { return this_library().dli_fname; }
 
 size_t library_offset(const void* code) {
-  return size_t(static_cast<const char*>(code) -
-                static_cast<const char*>(this_library().dli_fbase));
+  return size_t(static_cast<const char*>(code) - static_cast<const char*>(this_library().dli_fbase));
 }
 
 std::string function_name(const void* function) {

@@ -12,8 +12,7 @@ namespace cuda_host {
 namespace {
 
 const char kSyncwarp[] = "__syncwarp()";
-const char kReturnedBeforeBarrier[] =
-    "divergent __syncthreads() at %s:%d: a thread of the block has returned";
+const char kReturnedBeforeBarrier[] = "divergent __syncthreads() at %s:%d: a thread of the block has returned";
 
 void wait(State state, const char* operation, Site site) {
   current().operation = operation;
@@ -60,8 +59,7 @@ void fail(const char* format, ...) {
   }
   const uint3 b = machine.block->index, t = current().index;
   char where[128];
-  std::snprintf(where, sizeof where, " [block (%u,%u,%u) thread (%u,%u,%u)]", b.x, b.y, b.z, t.x,
-                t.y, t.z);
+  std::snprintf(where, sizeof where, " [block (%u,%u,%u) thread (%u,%u,%u)]", b.x, b.y, b.z, t.x, t.y, t.z);
   machine.failure = std::string(text) + where;
   current().fiber.suspend_for_good();
 }
@@ -69,10 +67,10 @@ void fail(const char* format, ...) {
 int block_barrier(bool predicate, Site site) {
   Block& block = *machine.block;
   if (block.returned) fail(kReturnedBeforeBarrier, site.file, site.line);
-  if (block.at_barrier && (block.barrier_site.line != site.line ||
-                           std::strcmp(block.barrier_site.file, site.file) != 0))
-    fail("divergent __syncthreads(): this thread is at %s:%d, others of its block at %s:%d",
-         site.file, site.line, block.barrier_site.file, block.barrier_site.line);
+  if (block.at_barrier &&
+      (block.barrier_site.line != site.line || std::strcmp(block.barrier_site.file, site.file) != 0))
+    fail("divergent __syncthreads(): this thread is at %s:%d, others of its block at %s:%d", site.file, site.line,
+         block.barrier_site.file, block.barrier_site.line);
   block.barrier_site = site;
   block.predicates += predicate;
   if (++block.at_barrier < int(block.threads.size())) {
@@ -89,13 +87,12 @@ int block_barrier(bool predicate, Site site) {
 Exchange warp_exchange(uint32_t mask, uint64_t value, const char* operation, Site site) {
   const int lane = lane_id(), warp_number = machine.thread / kWarpSize;
   if (!(mask >> lane & 1))
-    fail("%s at %s:%d by a lane that its mask 0x%08x leaves out", operation, site.file, site.line,
-         mask);
+    fail("%s at %s:%d by a lane that its mask 0x%08x leaves out", operation, site.file, site.line, mask);
   Warp& warp = machine.block->warps[warp_number];
   Meeting& meeting = meeting_of(warp, mask);
   if (meeting.arrived && std::strcmp(meeting.operation, operation) != 0)
-    fail("lanes of one warp meet in different operations: %s at %s:%d, others in %s", operation,
-         site.file, site.line, meeting.operation);
+    fail("lanes of one warp meet in different operations: %s at %s:%d, others in %s", operation, site.file, site.line,
+         meeting.operation);
   const unsigned set = meeting.generation & 1;
   meeting.operation = operation;
   meeting.value[set][lane] = value;
@@ -123,8 +120,7 @@ void fence() { race::on_fence(); }
 
 void start_async_copy(void* to, const void* from, int bytes) {
   AsyncCopies& copies = current().async_copies;
-  copies.in_flight.push_back(
-      {static_cast<char*>(to), static_cast<const char*>(from), bytes, copies.committed_groups});
+  copies.in_flight.push_back({static_cast<char*>(to), static_cast<const char*>(from), bytes, copies.committed_groups});
 }
 
 void commit_async_copies() { ++current().async_copies.committed_groups; }
@@ -155,10 +151,8 @@ bool is_shared_memory(const void* address, size_t bytes) {
 
 void return_from_kernel() {
   Block& block = *machine.block;
-  if (!current().async_copies.in_flight.empty())
-    fail("a thread returned without waiting for its cp.async copies");
-  if (block.at_barrier)
-    fail(kReturnedBeforeBarrier, block.barrier_site.file, block.barrier_site.line);
+  if (!current().async_copies.in_flight.empty()) fail("a thread returned without waiting for its cp.async copies");
+  if (block.at_barrier) fail(kReturnedBeforeBarrier, block.barrier_site.file, block.barrier_site.line);
   block.states[machine.thread] = State::kReturned;
   ++block.returned;
   const int warp_number = machine.thread / kWarpSize;

@@ -9,7 +9,7 @@ from torch import Tensor
 # cache and TLB misses between their separate allocations would cost more than the update. Larger
 # ones are allocated each on its own, so that no large buffer outlives its parameter.
 SMALL = 16 * 1024
-ALIGNMENT = 16  # elements between the starts of two states, so that none shares a cache line
+ALIGNMENT = 64  # bytes between the starts of two states, so that none shares a cache line
 
 # Large allocations begin at the same offset in a page. Streams that run along in step at equal
 # offsets hinder each other in the cache (AdamW: 10-25 % of a step), so each kind of state is moved
@@ -32,9 +32,10 @@ def zeros_like(params: Sequence[Tensor], dtype: torch.dtype | None, kind: int) -
         else:
             states[i] = _staggered_zeros(p, wanted[i], kind)
     for (state_dtype, device), members in buffers.items():
-        offsets = [0]
+        unit = ALIGNMENT // state_dtype.itemsize
+        offsets = [kind * STAGGER_BYTES // state_dtype.itemsize]
         for i in members:
-            offsets.append(offsets[-1] + -(-params[i].numel() // ALIGNMENT) * ALIGNMENT)
+            offsets.append(offsets[-1] + -(-params[i].numel() // unit) * unit)
         flat = torch.zeros(offsets[-1], dtype=state_dtype, device=device)
         for i, offset in zip(members, offsets, strict=False):
             states[i] = flat.as_strided(params[i].shape, params[i].stride(), offset)

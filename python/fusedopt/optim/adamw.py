@@ -104,7 +104,6 @@ class AdamW(torch.optim.AdamW):
                 if key in saved and self.state[p][key].dtype != wanted:
                     self.state[p][key] = saved[key].to(device=p.device, dtype=wanted, copy=True)
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient.
 

@@ -11,8 +11,7 @@ constexpr int kTile = 32, kStride = kTile + 8;  // rows 80 bytes apart meet diff
 using Tile = uint16_t[kTile][kStride];
 
 // 128 threads copy 32 rows of 64 bytes; what lies outside the matrix becomes zero.
-__device__ void load_tile(Tile& tile, const uint16_t* matrix, int rows, int columns, int row0,
-                          int column0) {
+__device__ void load_tile(Tile& tile, const uint16_t* matrix, int rows, int columns, int row0, int column0) {
   const int r = threadIdx.x / 4, c = threadIdx.x % 4 * 8;
   const bool inside = row0 + r < rows && column0 + c < columns;
   const int64_t offset = inside ? int64_t(row0 + r) * columns + column0 + c : 0;
@@ -20,8 +19,8 @@ __device__ void load_tile(Tile& tile, const uint16_t* matrix, int rows, int colu
 }
 
 template <bool kBFloat16>
-__global__ void gemm_kernel(const uint16_t* __restrict__ a, const uint16_t* __restrict__ b,
-                            float* __restrict__ c, int m, int n, int k) {
+__global__ void gemm_kernel(const uint16_t* __restrict__ a, const uint16_t* __restrict__ b, float* __restrict__ c,
+                            int m, int n, int k) {
   __shared__ __align__(16) Tile a_tile[2], b_tile[2];
   const int row0 = blockIdx.y * kTile, column0 = blockIdx.x * kTile;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -65,11 +64,10 @@ __global__ void gemm_kernel(const uint16_t* __restrict__ a, const uint16_t* __re
 
 }  // namespace
 
-extern "C" cudaError_t gemm(const uint16_t* a, const uint16_t* b, float* c, int m, int n, int k,
-                            int bfloat16, cudaStream_t stream) {
+extern "C" cudaError_t gemm(const uint16_t* a, const uint16_t* b, float* c, int m, int n, int k, int bfloat16,
+                            cudaStream_t stream) {
   const dim3 grid((n + kTile - 1) / kTile, (m + kTile - 1) / kTile);
-  return launch(bfloat16 ? gemm_kernel<true> : gemm_kernel<false>, grid, 128, 0, stream, a, b, c, m,
-                n, k);
+  return launch(bfloat16 ? gemm_kernel<true> : gemm_kernel<false>, grid, 128, 0, stream, a, b, c, m, n, k);
 }
 
 }  // namespace fusedopt::gemm_test

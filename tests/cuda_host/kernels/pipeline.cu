@@ -36,23 +36,17 @@ __global__ void reverse_kernel(const uint4* __restrict__ x, uint4* __restrict__ 
 
 template <Bug kBug>
 cudaError_t launch_reverse(const uint4* x, uint4* y, int runs, int blocks, cudaStream_t stream) {
-  return launch(reverse_kernel<kBug>, blocks, kThreads, kStages<kBug> * kThreads * sizeof(uint4),
-                stream, x, y, runs);
+  return launch(reverse_kernel<kBug>, blocks, kThreads, kStages<kBug> * kThreads * sizeof(uint4), stream, x, y, runs);
 }
 
 }  // namespace
 
-extern "C" cudaError_t reverse(const uint4* x, uint4* y, int runs, int blocks, int bug,
-                               cudaStream_t stream) {
+extern "C" cudaError_t reverse(const uint4* x, uint4* y, int runs, int blocks, int bug, cudaStream_t stream) {
   switch (Bug(bug)) {
-    case Bug::kNone:
-      return launch_reverse<Bug::kNone>(x, y, runs, blocks, stream);
-    case Bug::kNoWait:
-      return launch_reverse<Bug::kNoWait>(x, y, runs, blocks, stream);
-    case Bug::kNoBarrier:
-      return launch_reverse<Bug::kNoBarrier>(x, y, runs, blocks, stream);
-    default:
-      return launch_reverse<Bug::kRingTooShort>(x, y, runs, blocks, stream);
+    case Bug::kNone: return launch_reverse<Bug::kNone>(x, y, runs, blocks, stream);
+    case Bug::kNoWait: return launch_reverse<Bug::kNoWait>(x, y, runs, blocks, stream);
+    case Bug::kNoBarrier: return launch_reverse<Bug::kNoBarrier>(x, y, runs, blocks, stream);
+    default: return launch_reverse<Bug::kRingTooShort>(x, y, runs, blocks, stream);
   }
 }
 

@@ -22,8 +22,7 @@ __device__ float block_sum(float v) {
 namespace {
 
 template <int kThreads>
-__global__ void __launch_bounds__(kThreads)
-    sum_of_squares_kernel(const float* __restrict__ x, int64_t n, float* sum) {
+__global__ void __launch_bounds__(kThreads) sum_of_squares_kernel(const float* __restrict__ x, int64_t n, float* sum) {
   const int64_t first = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   float s = 0.0f;
   for (int64_t i = first; i < n / 4; i += int64_t(gridDim.x) * kThreads) {
@@ -37,8 +36,7 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-extern "C" cudaError_t sum_of_squares(const float* x, int64_t n, float* sum, int blocks,
-                                      cudaStream_t stream) {
+extern "C" cudaError_t sum_of_squares(const float* x, int64_t n, float* sum, int blocks, cudaStream_t stream) {
   cudaMemsetAsync(sum, 0, sizeof *sum, stream);
   return launch(sum_of_squares_kernel<256>, blocks, 256, 0, stream, x, n, sum);
 }

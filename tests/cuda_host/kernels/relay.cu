@@ -35,8 +35,7 @@ __global__ void relay_kernel(const int* __restrict__ x, int* y, int* totals, uin
 
 // The sum of x by whichever block is last to arrive.
 template <Bug kBug>
-__global__ void last_block_kernel(const int* __restrict__ x, int* sum, int* parts,
-                                  uint32_t* arrived) {
+__global__ void last_block_kernel(const int* __restrict__ x, int* sum, int* parts, uint32_t* arrived) {
   __shared__ bool is_last;
   if (threadIdx.x == 0) {
     parts[blockIdx.x] = 0;
@@ -53,18 +52,16 @@ __global__ void last_block_kernel(const int* __restrict__ x, int* sum, int* part
 
 }  // namespace
 
-extern "C" cudaError_t relay(const int* x, int* y, int* totals, uint32_t* flags, int blocks,
-                             int bug, cudaStream_t stream) {
-  return launch_cooperative(
-      Bug(bug) == Bug::kNone ? relay_kernel<Bug::kNone> : relay_kernel<Bug::kNoRelease>, blocks,
-      kThreads, 0, stream, x, y, totals, flags);
+extern "C" cudaError_t relay(const int* x, int* y, int* totals, uint32_t* flags, int blocks, int bug,
+                             cudaStream_t stream) {
+  return launch_cooperative(Bug(bug) == Bug::kNone ? relay_kernel<Bug::kNone> : relay_kernel<Bug::kNoRelease>, blocks,
+                            kThreads, 0, stream, x, y, totals, flags);
 }
 
-extern "C" cudaError_t last_block(const int* x, int* sum, int* parts, uint32_t* arrived, int blocks,
-                                  int bug, cudaStream_t stream) {
-  return launch(
-      Bug(bug) == Bug::kNone ? last_block_kernel<Bug::kNone> : last_block_kernel<Bug::kNoRelease>,
-      blocks, kThreads, 0, stream, x, sum, parts, arrived);
+extern "C" cudaError_t last_block(const int* x, int* sum, int* parts, uint32_t* arrived, int blocks, int bug,
+                                  cudaStream_t stream) {
+  return launch(Bug(bug) == Bug::kNone ? last_block_kernel<Bug::kNone> : last_block_kernel<Bug::kNoRelease>, blocks,
+                kThreads, 0, stream, x, sum, parts, arrived);
 }
 
 }  // namespace fusedopt::relay_test

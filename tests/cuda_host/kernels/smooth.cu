@@ -13,8 +13,7 @@ constexpr int kThreads = 96;
 // x and y take turns; the result of the last round is in x if rounds is even. `change` gets, for
 // each block, how much its numbers changed in the last round.
 template <bool kBarrier>
-__global__ void smooth_kernel(float* x, float* y, float* change, int n, int rounds,
-                              uint32_t* barrier) {
+__global__ void smooth_kernel(float* x, float* y, float* change, int n, int rounds, uint32_t* barrier) {
   __shared__ float difference[kThreads];
   for (int round = 0; round < rounds; ++round) {
     difference[threadIdx.x] = 0.0f;
@@ -40,13 +39,11 @@ __global__ void smooth_kernel(float* x, float* y, float* change, int n, int roun
 
 // mode 0: as it should be; 1: without the barrier; 2: with it, but in a launch that is not
 // cooperative
-extern "C" cudaError_t smooth(float* x, float* y, float* change, int n, int rounds, int blocks,
-                              int mode, uint32_t* barrier, cudaStream_t stream) {
-  if (mode == 2)
-    return launch(smooth_kernel<true>, blocks, kThreads, 0, stream, x, y, change, n, rounds,
-                  barrier);
-  return launch_cooperative(mode == 0 ? smooth_kernel<true> : smooth_kernel<false>, blocks,
-                            kThreads, 0, stream, x, y, change, n, rounds, barrier);
+extern "C" cudaError_t smooth(float* x, float* y, float* change, int n, int rounds, int blocks, int mode,
+                              uint32_t* barrier, cudaStream_t stream) {
+  if (mode == 2) return launch(smooth_kernel<true>, blocks, kThreads, 0, stream, x, y, change, n, rounds, barrier);
+  return launch_cooperative(mode == 0 ? smooth_kernel<true> : smooth_kernel<false>, blocks, kThreads, 0, stream, x, y,
+                            change, n, rounds, barrier);
 }
 
 }  // namespace fusedopt::smooth_test

@@ -20,15 +20,14 @@ __global__ void fill_kernel(const Table __grid_constant__ table, float value) {
   DYNAMIC_SMEM(float, scratch);
   scratch[threadIdx.x] = value;
   const int tensor = blockIdx.x;
-  for (int64_t i = threadIdx.x; i < table.numel[tensor]; i += blockDim.x)
-    table.data[tensor][i] = scratch[threadIdx.x];
+  for (int64_t i = threadIdx.x; i < table.numel[tensor]; i += blockDim.x) table.data[tensor][i] = scratch[threadIdx.x];
   if (threadIdx.x == 0) atomicAdd(&sizes_seen, int(table.numel[tensor]));
 }
 
 }  // namespace
 
-extern "C" cudaError_t fill(float* const* data, const int64_t* numel, int size, float value,
-                            int smem_bytes, int opt_in, cudaStream_t stream) {
+extern "C" cudaError_t fill(float* const* data, const int64_t* numel, int size, float value, int smem_bytes, int opt_in,
+                            cudaStream_t stream) {
   Table table{};
   table.size = size;
   std::copy(data, data + size, table.data);
@@ -45,10 +44,8 @@ extern "C" cudaError_t fill(float* const* data, const int64_t* numel, int size, 
 extern "C" int resident_blocks(int threads, int smem_bytes) {
   int device = 0, processors = 0, blocks = 0;
   if (cudaGetDevice(&device) != cudaSuccess) return -1;
-  if (cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess)
-    return -1;
-  if (cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, fill_kernel, threads, smem_bytes) !=
-      cudaSuccess)
+  if (cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) return -1;
+  if (cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, fill_kernel, threads, smem_bytes) != cudaSuccess)
     return -1;
   return processors * blocks;
 }
