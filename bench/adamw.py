@@ -111,6 +111,9 @@ QUICK = {
 }
 
 
+OWN = ", own states"  # where each optimizer allocates its states itself, as in a user's training
+
+
 def _float32(number: float) -> float:
     return float(torch.tensor(number, dtype=torch.float32))
 
@@ -215,8 +218,8 @@ def _share_states(problem: Problem, peer: peers.OptimizerPeer, optimizer: Any) -
     return "" if used else "its own states"
 
 
-def _optimizer(problem: Problem, peer: peers.OptimizerPeer) -> Contestant:
-    """``peer`` over the problem's parameters, its answer checked."""
+def _optimizer(problem: Problem, peer: peers.OptimizerPeer, own: bool = False) -> Contestant:
+    """``peer`` over the problem's parameters, its answer checked; ``own``: on states of its own."""
     optimizer = peer.build(problem.params, problem.variant.state, HYPER)
 
     def states() -> tuple[list[Tensor], list[Tensor]]:
@@ -224,6 +227,8 @@ def _optimizer(problem: Problem, peer: peers.OptimizerPeer) -> Contestant:
         return [state[peer.first] for state in kept], [state[peer.second] for state in kept]
 
     wrong = problem.complaint(optimizer.step, states)
+    if own:
+        return Contestant(peer.name + OWN, optimizer.step, "states where it puts them", wrong)
     note = _share_states(problem, peer, optimizer) if problem.workload.share_state else ""
     return Contestant(peer.name, optimizer.step, note, wrong)
 
@@ -262,6 +267,12 @@ def _contestants(
         **{peer.name: partial(_optimizer, problem, peer) for peer in found},
         "fusedopt.adamw_step": partial(_functional, problem),
     }
+    if problem.workload.share_state:
+        builders |= {
+            peer.name + OWN: partial(_optimizer, problem, peer, own=True)
+            for peer in found
+            if peer.name in ("fusedopt", "torch fused")
+        }
     contestants, not_run = [], {}
     for name, build in builders.items():
         try:

@@ -6,6 +6,7 @@
 #include <condition_variable>
 #include <mutex>
 #include <new>
+#include <system_error>
 #include <thread>
 
 namespace fusedopt {
@@ -40,9 +41,11 @@ class Pool {
   static constexpr int kSpins = 4000;  // some ten microseconds: the gap between two optimizers' steps, not between two
                                        // training steps
 
-  void start_workers(int count) {
+  void start_workers(int count) try {
     for (; workers_ < count; ++workers_)
       std::thread([this, generation = generation_.load()] { work(generation); }).detach();
+  } catch (const std::system_error&) {
+    // No more threads to be had: those there are, at least the caller, do all the work.
   }
 
   [[noreturn]] void work(uint64_t seen) {

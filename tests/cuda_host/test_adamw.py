@@ -1,0 +1,500 @@
+"""AdamW's CUDA kernels, run on the CPU: bit for bit what the CPU backend computes."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import mmap
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import fusedopt
+from cuda_host import build as shim
+from fusedopt import _C
+
+# A process has ASan from its start or not at all: this file runs itself once more under it.
+SANITIZE = "address" if "libasan" in os.environ.get("LD_PRELOAD", "") else None
+SOURCES = [shim.CSRC / "cuda/adamw.cu", shim.HERE / "adamw_entry.cu"]
+SIZES = [0, 1, 3, 31, 32, 33, 255, 4097, 10007]
+SEEDS = [0, 1, 2, 3]  # threads in ascending, descending and two random orders
+F32, F64, F16 = (np.dtype(name) for name in ("float32", "float64", "float16"))
+BF16 = np.dtype(ml_dtypes.bfloat16)
+FLOATS = [F32, F64, BF16, F16]
+COUNTERS = [F32, F64, np.dtype("int32"), np.dtype("int64")]
+CODES = {F32: 0, F64: 1, BF16: 2, F16: 3, COUNTERS[2]: 4, COUNTERS[3]: 5}  # enum class DType
+COMBINATIONS = [
+    (p, g, *states)
+    for p, g in itertools.product(FLOATS, FLOATS)
+    for states in [(p, p), (F32, F32), (BF16, BF16), (F32, BF16)]
+]
+OPTIONS = {"lr": 0.02, "betas": (0.85, 0.97), "eps": 1e-6, "weight_decay": 0.1}
+MAX_ROLES = 6
+
+pytestmark = pytest.mark.skipif(
+    "avx2" not in _C.available_isas(), reason="the CPU backend has no fma here"
+)
+
+
+class Options(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_double) for name in ("lr", "beta1", "beta2", "eps", "weight_decay")),
+        ("maximize", ctypes.c_bool),
+    ]
+
+
+class Arrays(ctypes.Structure):
+    _fields_ = [
+        ("size", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("data", "dtype", "numel", "layout", "layouts")),
+        ("layouts_size", ctypes.c_int64),
+        ("options", ctypes.c_void_p),
+        ("steps", ctypes.c_void_p),
+        ("inv_grad_scale", ctypes.c_double),
+        ("shared_scalars", ctypes.c_int64),
+    ]
+
+
+class DeviceNumber(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p), ("dtype", ctypes.c_uint8)]
+
+    @classmethod
+    def of(cls, array):
+        return cls() if array is None else cls(array.ctypes.data, CODES[array.dtype])
+
+
+@pytest.fixture(scope="module")
+def library():
+    loaded = shim.load(shim.build(SOURCES, sanitize=SANITIZE))
+    loaded.adamw.restype = loaded.adamw_capturable.restype = ctypes.c_char_p
+    loaded.adamw_workspace.restype = ctypes.c_int64
+    return loaded
+
+
+@pytest.fixture(autouse=True)
+def with_fma():
+    before = _C.isa()
+    _C.set_isa("avx2")
+    yield
+    _C.set_isa(before)
+
+
+@pytest.fixture(params=SEEDS, ids="seed{}".format)
+def seed(request, monkeypatch):
+    monkeypatch.setenv("CUDA_HOST_SEED", str(request.param))
+    return request.param
+
+
+# ---- both sides
+
+
+def layout_of(roles):
+    """A row's strides in elements, its axes sorted by the parameter's; None where it is flat."""
+    param = roles[0]
+    if all(x.flags.c_contiguous for x in roles):
+        return None
+    axes = sorted((d for d in range(param.ndim)), key=lambda d: -abs(param.strides[d]))
+    strides = [[x.strides[d] // x.itemsize for d in axes] for x in roles]
+    return [param.ndim, *(param.shape[d] for d in axes), *itertools.chain(*strides)]
+
+
+def launch(
+    library,
+    rows,
+    *,
+    step=1,
+    lr,
+    betas,
+    eps,
+    weight_decay,
+    maximize=False,
+    grad_scale=1.0,
+    capturable=None,
+):
+    """Runs a CUDA launcher over rows of 4 or 5 arrays. Returns its error, or None."""
+    n = len(rows)
+    data, dtype = np.zeros((n, MAX_ROLES), np.uint64), np.zeros((n, MAX_ROLES), np.uint8)
+    numel, layout, layouts = np.zeros(n, np.int64), np.full(n, -1, np.int64), []
+    for i, roles in enumerate(rows):
+        data[i, : len(roles)] = [x.ctypes.data for x in roles]
+        dtype[i, : len(roles)] = [CODES[x.dtype] for x in roles]
+        numel[i] = roles[0].size
+        if (record := layout_of(roles)) is not None:
+            layout[i] = len(layouts)
+            layouts += record + [0] * record[0] * (5 - len(roles))
+    layouts = np.array(layouts, np.int64)
+    shared = all(np.ndim(x) == 0 for x in (step, lr, weight_decay))
+    lr, weight_decay, step = (np.broadcast_to(x, n) for x in (lr, weight_decay, step))
+    options = (Options * n)(
+        *(Options(lr[i], *betas, eps, weight_decay[i], maximize) for i in range(n))
+    )
+    steps = np.array(step, np.int64)
+    address = [x.ctypes.data for x in (data, dtype, numel, layout, layouts)]
+    scalars = ctypes.addressof(options), steps.ctypes.data, 1 / grad_scale, shared
+    arrays = Arrays(n, *address, layouts.size, *scalars)
+    if capturable is None:
+        error = library.adamw(ctypes.byref(arrays), None)
+    else:
+        arrays.shared_scalars = 0
+        error = capturable(library, arrays)
+    return error and error.decode()
+
+
+class Capturable:
+    """Numbers that lie on the device: arrays of one element, or None."""
+
+    def __init__(self, lr, step, grad_scale=None, found_inf=None):
+        self.lr, self.step, self.grad_scale, self.found_inf = lr, step, grad_scale, found_inf
+
+    def __call__(self, library, arrays):
+        def pack(numbers):
+            return (DeviceNumber * len(numbers))(*map(DeviceNumber.of, numbers))
+
+        counters = list({x.ctypes.data: x for x in self.step}.values())
+        scale, found_inf = DeviceNumber.of(self.grad_scale), DeviceNumber.of(self.found_inf)
+        workspace = np.empty(library.adamw_workspace(ctypes.c_int64(len(self.step))), np.uint8)
+        return library.adamw_capturable(
+            ctypes.byref(arrays),
+            pack(self.lr),
+            pack(self.step),
+            pack(counters),
+            ctypes.c_int64(len(counters)),
+            ctypes.byref(scale),
+            ctypes.byref(found_inf),
+            ctypes.c_void_p(workspace.ctypes.data),
+            None,
+        )
+
+
+def cpu_step(rows, *, step=1, **options):
+    """The same on the CPU backend; rows with and without maxima go in lists of their own."""
+    for roles in (4, 5):
+        chosen = [i for i, row in enumerate(rows) if len(row) == roles]
+        own = {
+            name: [value[i] for i in chosen] if isinstance(value, list) else value
+            for name, value in options.items()
+        }
+        if isinstance(step, list):
+            own["step"] = [np.array([step[i] - 1]) for i in chosen]
+        else:
+            own["step"] = step
+        lists = [[rows[i][role] for i in chosen] for role in range(roles)]
+        maxima = lists[4] if roles == 5 else None
+        fusedopt.adamw_step(*lists[:4], max_exp_avg_sqs=maxima, backend="cpu", **own)
+
+
+def bits(x):
+    """The elements as whole numbers, every NaN the same."""
+    numbers = np.ascontiguousarray(x).view(f"u{x.itemsize}")
+    return np.where(np.isnan(x), np.iinfo(numbers.dtype).max, numbers)
+
+
+def check(library, rows, capturable=None, **options):
+    """One step on both sides, from the same values: every array must have the same bits."""
+    options = {**OPTIONS, **options}
+    want = [[copy_of(x) for x in roles] for roles in rows]
+    cpu_step(want, **options)
+    assert launch(library, rows, capturable=capturable, **options) is None
+    compare(rows, want)
+
+
+def compare(rows, want):
+    for i, (got, expected) in enumerate(zip(rows, want, strict=True)):
+        for role, (a, b) in enumerate(zip(got, expected, strict=True)):
+            np.testing.assert_array_equal(bits(a), bits(b), err_msg=f"row {i}, role {role}")
+
+
+# ---- inputs
+
+
+def placed(values, dtype, offset=0):
+    """A copy that starts `offset` elements behind a 16-byte boundary and ends with its memory."""
+    values = np.asarray(values).astype(dtype)
+    # ASan reports what lies behind the last byte, if that is the end of an allocation.
+    room = np.empty(offset * dtype.itemsize + values.nbytes, np.uint8)
+    assert room.ctypes.data % 16 == 0
+    out = room[offset * dtype.itemsize :].view(dtype)
+    out[:] = values.ravel()
+    return out.reshape(values.shape)
+
+
+def copy_of(x):
+    """A copy with the same order of axes."""
+    axes = sorted(range(x.ndim), key=lambda d: -abs(x.strides[d]))
+    copy = np.empty([x.shape[d] for d in axes], x.dtype).transpose(np.argsort(axes))
+    copy[...] = x
+    return copy
+
+
+def make_row(rng, shape, dtypes, amsgrad=False, offsets=(0,) * 5):
+    """Parameter, gradient (over eight decades), moments and perhaps maxima."""
+    p, g, m, v = dtypes
+    normal = lambda: rng.standard_normal(shape)  # noqa: E731
+    values = [normal(), normal() * 10 ** rng.uniform(-4, 4, shape), 0.1 * normal(), normal() ** 2]
+    row = [placed(x, t, o) for x, t, o in zip(values, (p, g, m, v), offsets[:4], strict=True)]
+    return [*row, placed(normal() ** 2, v, offsets[4])] if amsgrad else row
+
+
+# ---- tests
+
+
+@pytest.mark.parametrize("index", range(len(COMBINATIONS)), ids=lambda i: f"dtypes{i}")
+def test_dtypes_and_sizes(library, index, monkeypatch):
+    monkeypatch.setenv("CUDA_HOST_SEED", str(SEEDS[index % len(SEEDS)]))
+    rng = np.random.default_rng(index)
+    for amsgrad in (False, True):
+        rows = [make_row(rng, n, COMBINATIONS[index], amsgrad) for n in SIZES]
+        check(library, rows, step=3, maximize=amsgrad, grad_scale=1.0 + 7 * amsgrad)
+
+
+def test_every_kernel_runs(library):
+    """No instance of a kernel is left out: one row of each combination of dtypes reaches all."""
+    rng = np.random.default_rng(0)
+    check(library, [make_row(rng, 300, dtypes) for dtypes in COMBINATIONS])
+    check(library, [make_row(rng, 3, COMBINATIONS[0])], Capturable([None], [np.zeros(1)]))
+    path = shim.build(SOURCES, sanitize=SANITIZE)
+    instances = shim.kernels_instantiated(path, KERNELS)
+    assert len(instances) == 13
+    assert instances == set(library.cuda_host_kernels().decode().splitlines())
+
+
+KERNELS = shim.kernels_declared([shim.CSRC / "cuda/elementwise.cuh", *SOURCES])
+
+
+def test_misaligned_rows(library, seed):
+    """Every role at its own distance from a 16-byte boundary, most of them agreeing or none."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for dtypes in [(F32,) * 4, (BF16,) * 4, (BF16, BF16, F32, F32), (F64,) * 4, (F16,) * 4]:
+        for n in (1, 5, 9, 100, 4103):
+            common = [int(rng.integers(8))] * 5
+            own = [int(x) for x in rng.integers(0, 8, 5)]
+            one_off = [*common[:4], common[4] + 1]
+            for offsets in (common, own, one_off, one_off[::-1]):
+                rows.append(make_row(rng, n, dtypes, bool(seed % 2), offsets))
+    check(library, rows, step=2)
+
+
+@pytest.mark.parametrize("length", range(1, 40))
+def test_all_heads_and_tails(library, length):
+    rng = np.random.default_rng(length)
+    rows = [
+        make_row(rng, length, (t,) * 4, True, (offset,) * 5) for t in FLOATS for offset in range(8)
+    ]
+    check(library, rows)
+
+
+def test_layouts(library, seed):
+    rng = np.random.default_rng(seed)
+    layouts = [
+        lambda x: x.T,
+        lambda x: x[:, ::2],
+        lambda x: x[::-1],
+        lambda x: x.reshape(-1, 2, x.shape[1] // 2).transpose(2, 0, 1),
+        lambda x: x,
+    ]
+    rows = []
+    for dtypes in [(F32,) * 4, (BF16, F32, F32, F32), (F64, F32, F64, F64)]:
+        for view in layouts:
+            row = [view(x) for x in make_row(rng, (70, 64), dtypes, bool(seed % 2))]
+            rows.append(row)
+            other = np.ascontiguousarray(row[1])  # the gradient in another order
+            rows.append([copy_of(row[0]), other, *(copy_of(x) for x in row[2:])])
+    check(library, rows, step=5)
+
+
+def test_offsets_beyond_32_bits(library):
+    """Elements 8 GiB apart, in memory of which only the pages in use exist."""
+    far = 2**31 + 5
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
+
+    def spread(x):
+        buffer = mmap.mmap(-1, (far + 1) * x.itemsize, flags=flags)
+        out = np.ndarray(2, x.dtype, buffer, strides=(far * x.itemsize,))
+        out[:] = x
+        return out
+
+    rng = np.random.default_rng(0)
+    check(library, [[spread(x) for x in make_row(rng, 2, (F32,) * 4)]])
+
+
+def launches(library):
+    return [line.split("(")[0] for line in library.cuda_host_take_launches().decode().splitlines()]
+
+
+@pytest.mark.parametrize("dtypes", [(F32,) * 4, (F32, F64, F32, F32)], ids=["fast", "any"])
+def test_many_tensors_take_few_launches(library, dtypes):
+    rng = np.random.default_rng(0)
+    rows = [make_row(rng, n, dtypes) for n in rng.integers(1, 20, 2100)]
+    launches(library)
+    check(library, rows)
+    assert len(launches(library)) <= 3  # 2100 / 700
+
+
+def test_scalars_per_row(library):
+    rng = np.random.default_rng(0)
+    rows = [make_row(rng, 40, (F64 if i % 5 == 0 else F32,) * 4) for i in range(900)]
+    lr, decay = (list(rng.uniform(0.001, 0.1, len(rows))) for _ in range(2))
+    check(library, rows, lr=lr, weight_decay=decay, step=[1 + i % 100 for i in range(len(rows))])
+
+
+def test_mixed_list(library, seed):
+    """Formats, layouts and rows with and without maxima in any order."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for index in rng.permutation(len(COMBINATIONS)):
+        row = make_row(rng, (9, int(rng.integers(1, 70))), COMBINATIONS[index], rng.random() < 0.5)
+        rows.append([x.T for x in row] if rng.random() < 0.2 else row)
+    check(library, rows, step=4)
+
+
+@pytest.mark.parametrize("beta1", [0.0, 0.3, 0.999])
+def test_extreme_values(library, beta1):
+    """Infinities, NaN, subnormals and zeros go where the CPU backend sends them."""
+    special = [0.0, -0.0, np.inf, -np.inf, np.nan, 1e-40, 6e-8, 1e-300, 3e38, 65504, 1e300, 1.0]
+    grid = np.array(list(itertools.product(special, repeat=3))).T
+    rows = []
+    with np.errstate(all="ignore"):
+        for dtypes in COMBINATIONS:
+            p, g, m = (placed(x, t) for x, t in zip(grid, dtypes[:3], strict=True))
+            rows.append([p, g, m, placed(abs(grid[2]), dtypes[3]), placed(abs(grid[0]), dtypes[3])])
+    check(library, rows, betas=(beta1, 0.99), weight_decay=0.5)
+
+
+def capturable_case(rng, count):
+    """Rows with numbers on the device, some of them shared, and what those numbers are."""
+    rows = [make_row(rng, 20, COMBINATIONS[int(rng.integers(8))]) for _ in range(count)]
+    lr = [np.array([x], F32) for x in rng.uniform(0.001, 0.1, count)]
+    for i in range(0, count, 3):
+        lr[i] = None
+    taken = rng.integers(0, 1000, count)
+    step = [np.array([n], COUNTERS[i % 4]) for i, n in enumerate(taken)]
+    for i in range(4, count, 5):
+        step[i] = step[i - 2]
+    numbers = {
+        "lr": [OPTIONS["lr"] if x is None else float(x[0]) for x in lr],
+        "step": [int(x[0]) + 1 for x in step],
+    }
+    return rows, Capturable(lr, step), numbers
+
+
+@pytest.mark.parametrize("count", [1, 50, 2500])  # the last: more than one batch of counters
+def test_capturable(library, count, monkeypatch):
+    seed = count % 4
+    monkeypatch.setenv("CUDA_HOST_SEED", str(seed))
+    rows, capturable, numbers = capturable_case(np.random.default_rng(seed), count)
+    capturable.grad_scale = np.array([8.0], F32)
+    capturable.found_inf = np.array([0.0], F32)
+    options = {**OPTIONS, "lr": numbers["lr"]}
+    check(library, rows, capturable, grad_scale=8.0, step=numbers["step"], **options)
+    assert [int(x[0]) for x in capturable.step] == numbers["step"]
+
+
+def test_found_inf_leaves_everything_alone(library, seed):
+    rows, capturable, numbers = capturable_case(np.random.default_rng(seed), 30)
+    capturable.found_inf = np.array([1.0], F32)
+    want = [[copy_of(x) for x in roles] for roles in rows]
+    assert launch(library, rows, capturable=capturable, **OPTIONS) is None
+    compare(rows, want)
+    assert [int(x[0]) + 1 for x in capturable.step] == numbers["step"]
+
+
+def test_nothing_to_do(library):
+    launches(library)
+    assert launch(library, [], **OPTIONS) is None
+    assert launch(library, [[np.zeros(0, F32)] * 4], **OPTIONS) is None
+    assert launches(library) == []
+
+
+def test_elements_across_their_own_boundaries_are_refused(library):
+    odd = np.zeros(9, np.uint8)[1:].view(F32)
+    rows = [[np.ones(2, F32) for _ in range(4)], [np.ones(2, F32), odd, *np.ones((2, 2), F32)]]
+    assert re.search("not a multiple", launch(library, rows, **OPTIONS))
+    assert (rows[0][0] == 1).all()
+    capturable = Capturable([None] * 2, [np.zeros(1)] * 2)
+    assert re.search("not a multiple", launch(library, rows, capturable=capturable, **OPTIONS))
+    assert capturable.step[0] == 0
+
+
+@pytest.mark.skipif(SANITIZE is not None, reason="this is the sanitised run")
+def test_again_under_asan_and_ubsan():
+    left_out = ("asan", "heads", "nothing", "few_launches", "refused", "32_bits")
+    chosen = " and ".join(f"not {name}" for name in left_out)
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    environment = {**shim.sanitizer_env(), "PYTHONMALLOC": "malloc"}
+    done = subprocess.run(
+        [*command, "-k", chosen, __file__], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+
+
+# ---- what nvcc makes of it
+
+
+def nvcc(arch, *flags):
+    """Compiles adamw.cu for one GPU; what the compiler says."""
+    command = ["nvcc", "-std=c++17", "-O3", "--fmad=false", f"-I{shim.CSRC}", f"-arch=sm_{arch}"]
+    command += [*flags, str(SOURCES[0])]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
+
+
+needs_nvcc = pytest.mark.skipif(
+    SANITIZE is not None or not shutil.which("nvcc"), reason="no nvcc on PATH"
+)
+
+
+@needs_nvcc
+@pytest.mark.parametrize("arch", [80, 90])
+def test_registers(arch, tmp_path):
+    said = nvcc(arch, "-Xptxas", "-v", "-cubin", "-o", str(tmp_path / "adamw.cubin"))
+    kernels = re.findall(
+        r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
+        r"(\d+) bytes spill loads.*?Used (\d+) registers",
+        said,
+        re.DOTALL,
+    )
+    assert "warning" not in said and len(kernels) == 13
+    for name, stack, stores, loads, registers in kernels:
+        assert (stack, stores, loads) == ("0", "0", "0"), name
+        assert int(registers) <= register_limit(name), name
+
+
+def register_limit(name):
+    formats = codecs(name) if "18elementwise_kernel" in name else []
+    if "Float64" in formats or "any_elementwise_kernel" in name:
+        return 128
+    return 64 if set(formats) <= {"Float32"} else 72
+
+
+@needs_nvcc
+def test_accesses_have_16_bytes(tmp_path):
+    """In every vector body: as many 16-byte loads and stores as the elements in flight make up."""
+    ptx = tmp_path / "adamw.ptx"
+    nvcc(80, "-ptx", "-o", str(ptx))
+    bodies = re.findall(r"\.entry (\w*18elementwise_kernel\w*)\((.*?)\n\}", ptx.read_text(), re.S)
+    assert len(bodies) == 9
+    sizes = {"Float32": 4, "Float64": 8, "BFloat16": 2, "Float16": 2}
+    for name, body in bodies:
+        roles = [sizes[codec] for codec in codecs(name)]
+        elements = 4 if roles[0] == 8 else 8
+        loads = [elements * size // 16 for size in roles]
+        stores = [loads[0], *loads[2:]]
+        # all roles aligned, with and without maxima; only some aligned
+        assert body.count("ld.global.cs.v4") == 3 * sum(loads) - loads[-1], name
+        assert body.count("st.global.cs.v4") == 3 * sum(stores) - stores[-1], name
+        assert "ld.local" not in body and "st.local" not in body, name
+
+
+def codecs(mangled):
+    """The five roles' codecs, from a kernel's mangled name."""
+    demangled = subprocess.run(["c++filt", mangled], capture_output=True, text=True).stdout
+    return [
+        name.split("::")[-1] for name in re.search(r"Format<([^>]*)>", demangled)[1].split(", ")
+    ]
