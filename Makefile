@@ -1,5 +1,6 @@
 # make demo    train a small GPT with every optimizer here and torch's own; table, plot, JSON
 # make test    the whole suite
+# make test-large  more than 2^31 elements; needs 18 GB
 # make bench   the benchmarks with their peers
 # make lint    ruff, mypy, clang-format
 # Each makes the environment .venv first and builds the package; nothing else is needed but Python and a C++ compiler.
@@ -10,12 +11,15 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: demo test bench lint build clean
+.PHONY: demo test test-large bench lint build clean
 demo: $(VENV)/.demo build
 	$(BIN)/python examples/train_gpt.py
 
 test: $(VENV)/.test build
 	$(BIN)/python tests/run.py
+
+test-large: $(VENV)/.torch build
+	$(BIN)/python tests/large.py
 
 bench: $(VENV)/.bench build
 	$(BIN)/python -m bench adamw

@@ -247,7 +247,7 @@ def test_any_dlpack_array():
             assert all(torch.equal(x, y.tensor) for x, y in zip(a, b, strict=True))
 
 
-def test_torch_without_the_exchange_api(monkeypatch):
+def test_torch_without_the_exchange_api():
     """torch before 2.10: tensors are read through their attributes."""
     attributes = ("data_ptr", "shape", "stride", "dtype", "device", "layout")
 
