@@ -23,7 +23,7 @@ def zeros_like(params: Sequence[Tensor], dtype: torch.dtype | None, kind: int) -
     Complex parameters have complex states, as torch's; a real ``dtype`` then gives the precision.
     ``kind`` numbers the optimizer's states from 1.
     """
-    wanted = [_state_dtype(p, dtype) for p in params]
+    wanted = [dtype_of(p, dtype) for p in params]
     states: list[Tensor | None] = [None] * len(params)
     buffers: dict[tuple[torch.dtype, torch.device], list[int]] = {}
     for i, p in enumerate(params):
@@ -55,7 +55,8 @@ def step_counters(count: int, dtype: torch.dtype, device: torch.device) -> list[
     return [flat.as_strided((), (), i) for i in range(count)]
 
 
-def _state_dtype(param: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+def dtype_of(param: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype of a parameter's states where the optimizer's ``state_dtype`` is ``dtype``."""
     if dtype is None:
         return param.dtype
     return dtype.to_complex() if param.is_complex() else dtype

@@ -99,7 +99,7 @@ class AdamW(torch.optim.AdamW):
         owners = [(group, p) for group in self.param_groups for p in group["params"]]
         for index, (group, p) in zip(ids, owners, strict=True):
             saved = state_dict["state"].get(index, {})
-            wanted = _state._state_dtype(p, group["state_dtype"])
+            wanted = _state.dtype_of(p, group["state_dtype"])
             for key in MOMENTS:
                 if key in saved and self.state[p][key].dtype != wanted:
                     self.state[p][key] = saved[key].to(device=p.device, dtype=wanted, copy=True)
