@@ -27,14 +27,23 @@ class AdamW {
   }
 
   template <typename S>
-  static FUSEDOPT_INLINE void begin(Pack<S>&, Pack<S> grad, Pack<S>& exp_avg, Pack<S>& exp_avg_sq,
-                                    Pack<S>& max_exp_avg_sq, bool amsgrad, const AdamWScalars<Pack<S>>& k) {
+  struct Begun {
+    Pack<S> exp_avg, root;
+  };
+
+  template <typename S>
+  static FUSEDOPT_INLINE Begun<S> begin(Pack<S> grad, Pack<S>& exp_avg, Pack<S>& exp_avg_sq, Pack<S>& max_exp_avg_sq,
+                                        bool amsgrad, const AdamWScalars<Pack<S>>& k) {
     adamw_moments(grad, exp_avg, exp_avg_sq, max_exp_avg_sq, amsgrad, k);
+    return {exp_avg, adamw_root(exp_avg_sq, max_exp_avg_sq, amsgrad)};
   }
   template <typename S>
-  static FUSEDOPT_INLINE void finish(Pack<S>& param, Pack<S>, Pack<S> exp_avg, Pack<S> exp_avg_sq,
-                                     Pack<S> max_exp_avg_sq, bool amsgrad, const AdamWScalars<Pack<S>>& k) {
-    adamw_param(param, exp_avg, exp_avg_sq, max_exp_avg_sq, amsgrad, k);
+  static FUSEDOPT_INLINE Pack<S> middle(const Begun<S>& begun, const AdamWScalars<Pack<S>>& k) {
+    return adamw_direction(begun.exp_avg, begun.root, k);
+  }
+  template <typename S>
+  static FUSEDOPT_INLINE void finish(Pack<S>& param, Pack<S> direction, const AdamWScalars<Pack<S>>& k) {
+    param = adamw_param(param, direction, k);
   }
 
   bool run(void* const* data, int64_t n) const {

@@ -3,8 +3,10 @@
 // An algorithm is a class with
 //   kRoles, kWrites, kOptional         how many roles; which are written, which may be absent (bit r is role r)
 //   prepare<S>()                       the row's scalars, each in a pack of S
-//   begin, finish(x..., complete, scalars)  the update of one pack per role, in two halves with the long latencies in
-//                                      the second; complete: optional roles are there
+//   begin(x..., complete, scalars)     the update in three stages, of about the same latency. The first has one pack of
+//   middle(begun, scalars)             every role but the parameter (role 0); complete: optional roles are there. What
+//   finish(param, middle, scalars)     a stage returns goes to the next, the parameter to the last.
+//   Begun<S>                           what begin returns
 //   run(data, n)                       UnitRunner with the codecs of the row's dtypes; false if there is none for them
 //   run_plain(S* const* data, n)       the same where every role is stored as plain S
 // A flat row whose dtypes have a kernel is handed over as it lies. Any other row (strides that differ between roles,
@@ -23,7 +25,7 @@ constexpr int64_t kTile = 512;
 
 // Hardware prefetchers lose streams that run at equal offsets in their pages, as separately allocated tensors do: on
 // Zen 3 that cost a quarter of a bf16 step. Asking for each stream this far ahead brings it back.
-constexpr int64_t kPrefetchBytes = 256;
+constexpr int64_t kPrefetchBytes = 512;
 
 template <typename Stored>
 FUSEDOPT_INLINE void prefetch(const void* data, int64_t i) {
@@ -102,11 +104,23 @@ class UnitRunner {
 
  private:
   static constexpr int kRoles = Algorithm::kRoles;
+  template <size_t R>
+  using Codec = std::tuple_element_t<R, std::tuple<Codecs...>>;
+  template <size_t R>
+  using Stored = typename Codec<R>::Stored;
+  using Param = Codec<0>;
+
+  template <size_t... R>
+  using Sequence = std::index_sequence<R...>;
+  template <size_t... R>
+  static Sequence<(R + 1)...> after(Sequence<R...>);
   using Indices = std::make_index_sequence<kRoles>;
+  using AllButParam = decltype(after(std::make_index_sequence<kRoles - 1>()));
 
   struct Roles {
     void* data[kRoles];
   };
+  using Begun = typename Algorithm::template Begun<S>[2];
 
   template <bool kComplete, typename Scalars>
   static void run_roles(const Scalars& scalars, void* const* data, int64_t n) {
@@ -114,50 +128,83 @@ class UnitRunner {
     const Scalars k = scalars;  // copies that no store through the pointers can reach, so they stay in registers
     Roles roles;
     for (int role = 0; role < kRoles; ++role) roles.data[role] = data[role];
-    Unit<S> last[kRoles], x[kRoles], next[kRoles];
-    if (n % kUnit) {
-      begin<kComplete>(k, roles, n - kUnit, last, Indices());
-      finish<kComplete>(k, last, Indices());
-    }
-    // Pipelined: each unit begins before the one ahead of it finishes. In program order a unit would wait out its root
-    // and division alone, since a core looks only some 250 instructions ahead.
+    Unit<S> last[kRoles];
+    if (n % kUnit) compute<kComplete>(k, roles, n - kUnit, last);
+    // Three units under way, a stage apart. In program order each would wait out its root and its division alone, since
+    // a core looks only some 250 instructions ahead.
     const int64_t end = n - n % kUnit;
-    begin<kComplete>(k, roles, 0, x, Indices());
-    for (int64_t i = 0; i < end; i += kUnit) {
-      if (i + kUnit < end) begin<kComplete>(k, roles, i + kUnit, next, Indices());
-      finish<kComplete>(k, x, Indices());
-      store<kComplete>(roles, i, x, Indices());
-      for (int role = 0; role < kRoles; ++role) x[role][0] = next[role][0], x[role][1] = next[role][1];
+    Begun begun;
+    Unit<S> middle;
+    begin_and_store<kComplete>(k, roles, 0, begun);
+    if (end > kUnit) {
+      proceed(k, begun, middle);
+      begin_and_store<kComplete>(k, roles, kUnit, begun);
+      for (int64_t i = 2 * kUnit; i < end; i += kUnit) {
+        finish_and_store(k, roles, i - 2 * kUnit, middle);
+        proceed(k, begun, middle);
+        begin_and_store<kComplete>(k, roles, i, begun);
+      }
+      finish_and_store(k, roles, end - 2 * kUnit, middle);
     }
+    proceed(k, begun, middle);
+    finish_and_store(k, roles, end - kUnit, middle);
     if (n % kUnit) store<kComplete>(roles, n - kUnit, last, Indices());
   }
 
   template <bool kComplete>
-  static constexpr bool has(int role) {
+  static constexpr bool has(size_t role) {
     return kComplete || !(Algorithm::kOptional >> role & 1);
   }
 
-  template <bool kComplete, typename Scalars, size_t... R>
-  static FUSEDOPT_INLINE void begin(const Scalars& scalars, const Roles& roles, int64_t i, Unit<S> (&x)[kRoles],
-                                    std::index_sequence<R...>) {
-    ((has<kComplete>(R) ? prefetch<typename Codecs::Stored>(roles.data[R], i) : void()), ...);
-    ((has<kComplete>(R) ? Codecs::load(static_cast<const typename Codecs::Stored*>(roles.data[R]) + i, x[R]) : void()),
-     ...);
-    Algorithm::begin(x[R][0]..., kComplete, scalars);
-    Algorithm::begin(x[R][1]..., kComplete, scalars);
+  template <bool kComplete, typename Scalars>
+  static FUSEDOPT_INLINE void begin_and_store(const Scalars& k, const Roles& roles, int64_t i, Begun& begun) {
+    Unit<S> x[kRoles];
+    begin<kComplete>(k, roles, i, x, begun, AllButParam());
+    store<kComplete>(roles, i, x, AllButParam());
+  }
+
+  template <typename Scalars>
+  static FUSEDOPT_INLINE void proceed(const Scalars& k, const Begun& begun, Unit<S>& middle) {
+    for (int half = 0; half < 2; ++half) middle[half] = Algorithm::middle(begun[half], k);
+  }
+
+  template <typename Scalars>
+  static FUSEDOPT_INLINE void finish_and_store(const Scalars& k, const Roles& roles, int64_t i, const Unit<S>& middle) {
+    Unit<S> param;
+    finish(k, roles, i, middle, param);
+    Param::store(static_cast<typename Param::Stored*>(roles.data[0]) + i, param);
+  }
+
+  // The whole update of a unit, without storing it.
+  template <bool kComplete, typename Scalars>
+  static FUSEDOPT_INLINE void compute(const Scalars& k, const Roles& roles, int64_t i, Unit<S> (&x)[kRoles]) {
+    Begun begun;
+    Unit<S> middle;
+    begin<kComplete>(k, roles, i, x, begun, AllButParam());
+    proceed(k, begun, middle);
+    finish(k, roles, i, middle, x[0]);
   }
 
   template <bool kComplete, typename Scalars, size_t... R>
-  static FUSEDOPT_INLINE void finish(const Scalars& scalars, Unit<S> (&x)[kRoles], std::index_sequence<R...>) {
-    Algorithm::finish(x[R][0]..., kComplete, scalars);
-    Algorithm::finish(x[R][1]..., kComplete, scalars);
+  static FUSEDOPT_INLINE void begin(const Scalars& k, const Roles& roles, int64_t i, Unit<S> (&x)[kRoles], Begun& begun,
+                                    Sequence<R...>) {
+    prefetch<typename Param::Stored>(roles.data[0], i);
+    ((has<kComplete>(R) ? prefetch<Stored<R>>(roles.data[R], i) : void()), ...);
+    ((has<kComplete>(R) ? Codec<R>::load(static_cast<const Stored<R>*>(roles.data[R]) + i, x[R]) : void()), ...);
+    for (int half = 0; half < 2; ++half) begun[half] = Algorithm::begin(x[R][half]..., kComplete, k);
+  }
+
+  template <typename Scalars>
+  static FUSEDOPT_INLINE void finish(const Scalars& k, const Roles& roles, int64_t i, const Unit<S>& middle,
+                                     Unit<S>& param) {
+    Param::load(static_cast<const typename Param::Stored*>(roles.data[0]) + i, param);
+    for (int half = 0; half < 2; ++half) Algorithm::finish(param[half], middle[half], k);
   }
 
   template <bool kComplete, size_t... R>
-  static FUSEDOPT_INLINE void store(const Roles& roles, int64_t i, const Unit<S> (&x)[kRoles],
-                                    std::index_sequence<R...>) {
+  static FUSEDOPT_INLINE void store(const Roles& roles, int64_t i, const Unit<S> (&x)[kRoles], Sequence<R...>) {
     ((Algorithm::kWrites >> R & 1 && has<kComplete>(R)
-          ? Codecs::store(static_cast<typename Codecs::Stored*>(roles.data[R]) + i, x[R])
+          ? Codec<R>::store(static_cast<Stored<R>*>(roles.data[R]) + i, x[R])
           : void()),
      ...);
   }
@@ -171,8 +218,7 @@ class UnitRunner {
     for (int role = 0; role < kRoles; ++role)
       if (data[role]) copies.data[role] = memcpy(padded[role], data[role], n * kSizes[role]);
     Unit<S> x[kRoles];
-    begin<kComplete>(scalars, copies, 0, x, Indices());
-    finish<kComplete>(scalars, x, Indices());
+    compute<kComplete>(scalars, copies, 0, x);
     store<kComplete>(copies, 0, x, Indices());
     for (int role = 0; role < kRoles; ++role)
       if (data[role] && (Algorithm::kWrites >> role & 1)) memcpy(data[role], padded[role], n * kSizes[role]);
@@ -219,7 +265,7 @@ inline void run_row(const Algorithm& algorithm, const TensorTable& table, const 
 // A row's first lines, while the row before it is at work: among thousands of small tensors every start is a miss.
 inline void prefetch_start(const TensorRow& row, int roles) {
   for (int role = 0; role < roles; ++role)
-    for (int64_t at = 0; row.data[role] && at < 2 * kPrefetchBytes && at < row.numel * size_of(row.dtype[role]);
+    for (int64_t at = 0; row.data[role] && at < kPrefetchBytes && at < row.numel * size_of(row.dtype[role]);
          at += 64)
       __builtin_prefetch(static_cast<const char*>(row.data[role]) + at);
 }

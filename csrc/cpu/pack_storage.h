@@ -1,8 +1,8 @@
 // The codecs of math/storage.h for packs. A codec moves a unit, two packs of numbers, between memory and registers.
 //
 // Order of the lanes: element-wise work does not care, as long as all roles agree. Two bf16 share a 32-bit word, so
-// a unit of them opens with one shift and one mask into even and odd elements (kInterleaved); beside 32-bit roles
-// they are widened in place (kLinear).
+// a unit of them opens with one shift and one mask into even and odd elements (kInterleaved, where every role is bf16);
+// beside 32-bit roles they are widened in place (kLinear).
 #pragma once
 #include "cpu/pack.h"
 #include "math/storage.h"
@@ -25,7 +25,8 @@ inline To load_bytes(const void* from) {
 }
 
 // Rounds to nearest even: the result's upper halves; the lower ones are rubbish. A NaN may not carry into infinity:
-// whether there is one is asked once for a unit, since that costs less than mending every lane.
+// whether there is one is asked once for a unit, since that costs less than mending every lane. It can't where every
+// role is bf16: arithmetic hands on an operand's NaN or makes the plain one, so its lower half is empty.
 FUSEDOPT_INLINE Words round_to_bf16(Pack<float> x) {
   const Words bits = (Words)x.v;
   return bits + 0x7fff - (Words)((bits & 0x10000) == 0x10000);  // a comparison's true is -1; a shift would be dearer
@@ -80,7 +81,7 @@ struct PackBFloat16 {
     }
   }
   static FUSEDOPT_INLINE void store(uint16_t* to, const Unit<float>& x) {
-    if (__builtin_expect(has_nan(x), false))
+    if (kOrder == LaneOrder::kLinear && __builtin_expect(has_nan(x), false))
       pack(to, round_nan_to_bf16(x[0]), round_nan_to_bf16(x[1]));
     else
       pack(to, round_to_bf16(x[0]), round_to_bf16(x[1]));

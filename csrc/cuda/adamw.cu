@@ -60,7 +60,8 @@ struct AdamW {
   __device__ static void update(S& param, S grad, S& exp_avg, S& exp_avg_sq, S& max_exp_avg_sq, bool amsgrad,
                                 const AdamWScalars<S>& k) {
     adamw_moments(grad, exp_avg, exp_avg_sq, max_exp_avg_sq, amsgrad, k);
-    adamw_param(param, exp_avg, exp_avg_sq, max_exp_avg_sq, amsgrad, k);
+    const S root = adamw_root(exp_avg_sq, max_exp_avg_sq, amsgrad);
+    param = adamw_param(param, adamw_direction(exp_avg, root, k), k);
   }
 };
 

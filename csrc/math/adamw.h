@@ -64,10 +64,20 @@ HOST_DEVICE FUSEDOPT_INLINE void adamw_moments(V g, V& m, V& v, V& u, bool amsgr
   if (amsgrad) u = maximum(u, v);
 }
 
+// The parameter's update in three parts, for kernels that have several elements under way.
 template <typename V>
-HOST_DEVICE FUSEDOPT_INLINE void adamw_param(V& p, V m, V v, V u, bool amsgrad, const AdamWScalars<V>& k) {
-  const V denominator = fma(sqrt(amsgrad ? u : v), k.inv_sqrt_c2, k.eps);
-  p = fma(k.rate, m / denominator, p * k.decay);
+HOST_DEVICE FUSEDOPT_INLINE V adamw_root(V v, V u, bool amsgrad) {
+  return sqrt(amsgrad ? u : v);
+}
+
+template <typename V>
+HOST_DEVICE FUSEDOPT_INLINE V adamw_direction(V m, V root, const AdamWScalars<V>& k) {
+  return m / fma(root, k.inv_sqrt_c2, k.eps);
+}
+
+template <typename V>
+HOST_DEVICE FUSEDOPT_INLINE V adamw_param(V p, V direction, const AdamWScalars<V>& k) {
+  return fma(k.rate, direction, p * k.decay);
 }
 
 }  // namespace fusedopt::FUSEDOPT_TARGET
