@@ -46,33 +46,33 @@ class AdamW {
     param = adamw_param(param, direction, k);
   }
 
-  bool run(void* const* data, int64_t n) const {
+  bool run(void* const* data, int64_t n, const NextRow& next) const {
     constexpr auto kLinear = LaneOrder::kLinear;
     using F32 = PackPlain<float>;
     using BF16 = PackBFloat16<kLinear>;
     using F16 = PackFloat16;
     switch (formats()) {
-      case key(DType::kFloat32, DType::kFloat32, DType::kFloat32): return run_as<F32, F32, F32>(data, n);
-      case key(DType::kFloat32, DType::kFloat32, DType::kBFloat16): return run_as<F32, F32, BF16>(data, n);
-      case key(DType::kFloat32, DType::kBFloat16, DType::kFloat32): return run_as<F32, BF16, F32>(data, n);
-      case key(DType::kBFloat16, DType::kBFloat16, DType::kFloat32): return run_as<BF16, BF16, F32>(data, n);
-      case key(DType::kBFloat16, DType::kFloat32, DType::kFloat32): return run_as<BF16, F32, F32>(data, n);
-      case key(DType::kFloat16, DType::kFloat16, DType::kFloat16): return run_as<F16, F16, F16>(data, n);
-      case key(DType::kFloat16, DType::kFloat16, DType::kFloat32): return run_as<F16, F16, F32>(data, n);
+      case key(DType::kFloat32, DType::kFloat32, DType::kFloat32): return run_as<F32, F32, F32>(data, n, next);
+      case key(DType::kFloat32, DType::kFloat32, DType::kBFloat16): return run_as<F32, F32, BF16>(data, n, next);
+      case key(DType::kFloat32, DType::kBFloat16, DType::kFloat32): return run_as<F32, BF16, F32>(data, n, next);
+      case key(DType::kBFloat16, DType::kBFloat16, DType::kFloat32): return run_as<BF16, BF16, F32>(data, n, next);
+      case key(DType::kBFloat16, DType::kFloat32, DType::kFloat32): return run_as<BF16, F32, F32>(data, n, next);
+      case key(DType::kFloat16, DType::kFloat16, DType::kFloat16): return run_as<F16, F16, F16>(data, n, next);
+      case key(DType::kFloat16, DType::kFloat16, DType::kFloat32): return run_as<F16, F16, F32>(data, n, next);
       case key(DType::kBFloat16, DType::kBFloat16, DType::kBFloat16): {
         using Pairs = PackBFloat16<LaneOrder::kInterleaved>;
-        return run_as<Pairs, Pairs, Pairs>(data, n);
+        return run_as<Pairs, Pairs, Pairs>(data, n, next);
       }
       case key(DType::kFloat64, DType::kFloat64, DType::kFloat64):
-        return run_plain(reinterpret_cast<double* const*>(data), n);
+        return run_plain(reinterpret_cast<double* const*>(data), n, next);
       default: return false;
     }
   }
 
   template <typename S>
-  bool run_plain(S* const* data, int64_t n) const {
+  bool run_plain(S* const* data, int64_t n, const NextRow& next) const {
     using Plain = PackPlain<S>;
-    return run_as<Plain, Plain, Plain>(reinterpret_cast<void* const*>(data), n);
+    return run_as<Plain, Plain, Plain>(reinterpret_cast<void* const*>(data), n, next);
   }
 
  private:
@@ -84,8 +84,8 @@ class AdamW {
   }
 
   template <typename Param, typename Grad, typename State>
-  bool run_as(void* const* data, int64_t n) const {
-    UnitRunner<AdamW, Param, Grad, State, State, State>::run(*this, data, n);
+  bool run_as(void* const* data, int64_t n, const NextRow& next) const {
+    UnitRunner<AdamW, Param, Grad, State, State, State>::run(*this, data, n, next);
     return true;
   }
 

@@ -7,8 +7,8 @@
 //   middle(begun, scalars)             every role but the parameter (role 0); complete: optional roles are there. What
 //   finish(param, middle, scalars)     a stage returns goes to the next, the parameter to the last.
 //   Begun<S>                           what begin returns
-//   run(data, n)                       UnitRunner with the codecs of the row's dtypes; false if there is none for them
-//   run_plain(S* const* data, n)       the same where every role is stored as plain S
+//   run(data, n, next)                 UnitRunner with the codecs of the row's dtypes; false if there is none for them
+//   run_plain(S* const* data, n, next) the same where every role is stored as plain S
 // A flat row whose dtypes have a kernel is handed over as it lies. Any other row (strides that differ between roles,
 // gaps, unusual mixes of dtypes) passes through tiles that fit the L1 cache, in the arithmetic's own number type: the
 // same formula on the same values, so the same bits.
@@ -25,14 +25,13 @@ constexpr int64_t kTile = 512;
 
 // Hardware prefetchers lose streams that run at equal offsets in their pages, as separately allocated tensors do: on
 // Zen 3 that cost a quarter of a bf16 step. Asking for each stream this far ahead brings it back.
-constexpr int64_t kPrefetchBytes = 512;
+constexpr int64_t kPrefetchElements = 128;
 
-template <typename Stored>
-FUSEDOPT_INLINE void prefetch(const void* data, int64_t i) {
-  __builtin_prefetch(
-      reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(data) + i * sizeof(Stored) + kPrefetchBytes), 0,
-      0);  // past the end it does nothing
-}
+// Where the next row's elements lie, to be asked for while this row's last ones are at work: among thousands of small
+// tensors every start would be a miss.
+struct NextRow {
+  const void* data[kMaxRoles];
+};
 
 // Calls f(codec) for the codec that a dtype is stored in.
 template <typename F>
@@ -95,11 +94,11 @@ class UnitRunner {
 
   // Whole units, and one that ends with the last element: computed first, while its inputs are untouched, and stored
   // last, so that what it shares with the unit before gets the same bits twice.
-  static void run(const Algorithm& algorithm, void* const* data, int64_t n) {
+  static void run(const Algorithm& algorithm, void* const* data, int64_t n, const NextRow& next) {
     const auto scalars = algorithm.template prepare<S>();
     bool complete = true;
     for (int role = 0; role < kRoles; ++role) complete &= data[role] != nullptr;
-    complete ? run_roles<true>(scalars, data, n) : run_roles<false>(scalars, data, n);
+    complete ? run_roles<true>(scalars, data, n, next) : run_roles<false>(scalars, data, n, next);
   }
 
  private:
@@ -121,9 +120,12 @@ class UnitRunner {
     void* data[kRoles];
   };
   using Begun = typename Algorithm::template Begun<S>[2];
+  struct Prefetch {
+    uintptr_t from[kRoles];
+  };
 
   template <bool kComplete, typename Scalars>
-  static void run_roles(const Scalars& scalars, void* const* data, int64_t n) {
+  static void run_roles(const Scalars& scalars, void* const* data, int64_t n, const NextRow& next) {
     if (n < kUnit) return run_padded<kComplete>(scalars, data, n);
     const Scalars k = scalars;  // copies that no store through the pointers can reach, so they stay in registers
     Roles roles;
@@ -139,16 +141,44 @@ class UnitRunner {
     if (end > kUnit) {
       proceed(k, begun, middle);
       begin_and_store<kComplete>(k, roles, kUnit, begun);
-      for (int64_t i = 2 * kUnit; i < end; i += kUnit) {
-        finish_and_store(k, roles, i - 2 * kUnit, middle);
-        proceed(k, begun, middle);
-        begin_and_store<kComplete>(k, roles, i, begun);
+      int64_t i = 2 * kUnit;
+      const auto run_to = [&](int64_t stop, const Prefetch ahead) {
+        for (; i < stop; i += kUnit) {
+          prefetch_all<kComplete>(ahead, i, Indices());
+          finish_and_store(k, roles, i - 2 * kUnit, middle);
+          proceed(k, begun, middle);
+          begin_and_store<kComplete>(k, roles, i, begun);
+        }
+      };
+      Prefetch ahead = prefetch_from(roles.data, kPrefetchElements);
+      for (int64_t stop = end - kPrefetchElements;; stop = end) {
+        run_to(stop, ahead);
+        if (stop == end) break;
+        ahead = prefetch_from(next.data, n > kPrefetchElements ? kPrefetchElements - n : 0);
       }
       finish_and_store(k, roles, end - 2 * kUnit, middle);
     }
     proceed(k, begun, middle);
     finish_and_store(k, roles, end - kUnit, middle);
     if (n % kUnit) store<kComplete>(roles, n - kUnit, last, Indices());
+  }
+
+  template <typename Pointer>
+  static Prefetch prefetch_from(Pointer* const* data, int64_t offset) {
+    static constexpr int64_t kSizes[] = {sizeof(typename Codecs::Stored)...};
+    Prefetch prefetch;
+    for (int role = 0; role < kRoles; ++role)
+      prefetch.from[role] = reinterpret_cast<uintptr_t>(data[role]) + offset * kSizes[role];
+    return prefetch;
+  }
+
+  // Of memory that may not be there: then it does nothing.
+  template <bool kComplete, size_t... R>
+  static FUSEDOPT_INLINE void prefetch_all(const Prefetch& prefetch, int64_t i, Sequence<R...>) {
+    ((has<kComplete>(R)
+          ? __builtin_prefetch(reinterpret_cast<const void*>(prefetch.from[R] + i * sizeof(Stored<R>)), 0, 0)
+          : void()),
+     ...);
   }
 
   template <bool kComplete>
@@ -188,8 +218,6 @@ class UnitRunner {
   template <bool kComplete, typename Scalars, size_t... R>
   static FUSEDOPT_INLINE void begin(const Scalars& k, const Roles& roles, int64_t i, Unit<S> (&x)[kRoles], Begun& begun,
                                     Sequence<R...>) {
-    prefetch<typename Param::Stored>(roles.data[0], i);
-    ((has<kComplete>(R) ? prefetch<Stored<R>>(roles.data[R], i) : void()), ...);
     ((has<kComplete>(R) ? Codec<R>::load(static_cast<const Stored<R>*>(roles.data[R]) + i, x[R]) : void()), ...);
     for (int half = 0; half < 2; ++half) begun[half] = Algorithm::begin(x[R][half]..., kComplete, k);
   }
@@ -232,12 +260,13 @@ inline void run_through_tiles(const Algorithm& algorithm, const TensorRow& row, 
   for (int64_t at = begin; at < end; at += kTile) {
     const int64_t n = end - at < kTile ? end - at : kTile;
     S* data[kMaxRoles] = {};
+    NextRow next = {};
     for (int role = 0; role < Algorithm::kRoles; ++role) {
       if (!row.data[role]) continue;
-      data[role] = tiles[role];
+      next.data[role] = data[role] = tiles[role];
       load_tile(row, layout, role, at, n, tiles[role]);
     }
-    algorithm.run_plain(data, n);
+    algorithm.run_plain(data, n, next);
     for (int role = 0; role < Algorithm::kRoles; ++role)
       if (row.data[role] && (Algorithm::kWrites >> role & 1)) store_tile(row, layout, role, at, n, tiles[role]);
   }
@@ -245,12 +274,12 @@ inline void run_through_tiles(const Algorithm& algorithm, const TensorRow& row, 
 
 template <typename Algorithm>
 inline void run_row(const Algorithm& algorithm, const TensorTable& table, const TensorRow& row, int64_t begin,
-                    int64_t end) {
+                    int64_t end, const NextRow& next) {
   if (row.layout == kFlat) {
     void* data[kMaxRoles] = {};
     for (int role = 0; role < Algorithm::kRoles; ++role)
       if (row.data[role]) data[role] = static_cast<char*>(row.data[role]) + begin * size_of(row.dtype[role]);
-    if (algorithm.run(data, end - begin)) return;
+    if (algorithm.run(data, end - begin, next)) return;
   }
   // A flat row in strides: one dimension of numel elements, stride 1 in every role.
   int64_t flat[2 + kMaxRoles] = {1, row.numel};
@@ -260,14 +289,6 @@ inline void run_row(const Algorithm& algorithm, const TensorTable& table, const 
     run_through_tiles<double>(algorithm, row, layout, begin, end);
   else
     run_through_tiles<float>(algorithm, row, layout, begin, end);
-}
-
-// A row's first lines, while the row before it is at work: among thousands of small tensors every start is a miss.
-inline void prefetch_start(const TensorRow& row, int roles) {
-  for (int role = 0; role < roles; ++role)
-    for (int64_t at = 0; row.data[role] && at < kPrefetchBytes && at < row.numel * size_of(row.dtype[role]);
-         at += 64)
-      __builtin_prefetch(static_cast<const char*>(row.data[role]) + at);
 }
 
 // make(row) builds the algorithm for a row.
@@ -282,8 +303,10 @@ inline void run_elements(const TensorTable& table, int64_t begin, int64_t end, M
     const TensorRow& row = table.rows[r];
     const int64_t from = begin > table.starts[r] ? begin - table.starts[r] : 0;
     const int64_t to = end < table.starts[r + 1] ? end - table.starts[r] : row.numel;
-    if (r + 1 < table.size) prefetch_start(table.rows[r + 1], table.roles);
-    run_row(make(row), table, row, from, to);
+    const TensorRow& following = table.rows[r + 1 < table.size ? r + 1 : r];
+    NextRow next = {};
+    for (int role = 0; role < table.roles; ++role) next.data[role] = following.data[role];
+    run_row(make(row), table, row, from, to, next);
   }
 }
 
