@@ -48,6 +48,15 @@ std::string first_line(py::handle error) {  // torch appends a C++ stack trace
   refuse(name, array, "can't be read" + device + ": " + first_line(error));
 }
 
+// What a method without arguments says; false if the array's library has no such method.
+bool says(PyObject* array, PyObject* method) {
+  const auto answer = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(array, method));
+  if (answer) return answer.ptr() == Py_True;
+  if (!PyErr_ExceptionMatches(PyExc_AttributeError)) throw py::error_already_set();
+  PyErr_Clear();
+  return false;
+}
+
 }  // namespace
 
 std::string ArgName::str() const {
@@ -122,9 +131,9 @@ void ArrayReader::adopt(const dlpack::Tensor& tensor, bool read_only, PyObject* 
 }
 
 bool is_lazy(PyObject* array) {
-  const py::handle object(array);
-  if (!py::hasattr(object, "is_conj") || !py::hasattr(object, "is_neg")) return false;
-  return object.attr("is_conj")().cast<bool>() || object.attr("is_neg")().cast<bool>();
+  static PyObject* const is_conj = PyUnicode_InternFromString("is_conj");
+  static PyObject* const is_neg = PyUnicode_InternFromString("is_neg");
+  return says(array, is_neg) || says(array, is_conj);
 }
 
 void refuse_lazy(PyObject* array, const ArgName& name) {
