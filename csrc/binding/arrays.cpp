@@ -218,11 +218,17 @@ bool ArrayReader::read_buffer(PyObject* array, const ArgName& name, ArrayView* v
 void ArrayReader::read_capsule(PyObject* array, const ArgName& name, ArrayView* view) try {
   const py::handle object(array);
   py::object capsule;
+  py::dict options;
+  if (!stream_.is_none()) {
+    const py::tuple device = object.attr("__dlpack_device__")();
+    const auto stream = stream_.cast<uintptr_t>();
+    if (device[0].cast<int>() == dlpack::kCuda) options["stream"] = stream ? stream : 1;  // 1: what CUDA's 0 stands for
+  }
   try {
-    capsule = object.attr("__dlpack__")(py::arg("max_version") = py::make_tuple(1, 0));
+    capsule = object.attr("__dlpack__")(py::arg("max_version") = py::make_tuple(1, 0), **options);
   } catch (py::error_already_set& error) {  // a producer older than DLPack 1.0
     if (!error.matches(PyExc_TypeError)) throw;
-    capsule = object.attr("__dlpack__")();
+    capsule = object.attr("__dlpack__")(**options);
   }
   objects_.push_back(capsule);  // the capsule frees its tensor when it goes
   if (PyCapsule_IsValid(capsule.ptr(), "dltensor_versioned")) {
@@ -236,6 +242,13 @@ void ArrayReader::read_capsule(PyObject* array, const ArgName& name, ArrayView* 
   adopt(managed->tensor, false, array, name, view);
 } catch (py::error_already_set& error) {
   refuse_unreadable(name, array, error.value());
+}
+
+bool ArrayReader::current_stream(PyObject* array, dlpack::Device device, void** stream) {
+  const Source& source = source_of(Py_TYPE(array));
+  if (!source.exchange || !source.exchange->current_work_stream) return false;
+  if (source.exchange->current_work_stream(device.type, device.id, stream) != 0) throw py::error_already_set();
+  return true;
 }
 
 dlpack::ManagedTensorVersioned* ArrayReader::own(PyObject* array) {

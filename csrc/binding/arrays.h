@@ -73,6 +73,10 @@ class ArrayReader {
       read_slowly(source, array, name, view);
   }
   void clear();
+  // For producers that are handed the stream that their arrays will be used on (DLPack's __dlpack__(stream=...)).
+  void use_stream(const py::object& stream) { stream_ = stream; }
+  // The stream that the array's library works on now, on that device; false where its type does not tell.
+  bool current_stream(PyObject* array, dlpack::Device device, void** stream);
   // A second owner of the array, or nullptr where there is no way to be one.
   dlpack::ManagedTensorVersioned* own(PyObject* array);
 
@@ -100,6 +104,7 @@ class ArrayReader {
   std::deque<std::vector<int64_t>> kept_;
   std::deque<Py_buffer> buffers_;
   std::vector<py::object> objects_;
+  py::object stream_ = py::none();
 };
 
 // Keeps a second owner of each state tensor between steps. torch reads a tensor that has one owner more slowly (48 ns

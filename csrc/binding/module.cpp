@@ -1,11 +1,11 @@
 // The extension module: what it was built with, which instruction set runs, and one bind_* per algorithm.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "binding/adamw.h"
+#include "binding/arrays.h"
+#include "binding/gpu.h"
 #include "cpu/isa.h"
-#if FUSEDOPT_WITH_CUDA
-#include "cuda/device.h"
-#endif
 
 namespace py = pybind11;
 
@@ -24,15 +24,27 @@ py::list available_isas() {
   return names;
 }
 
-// (devices, runtime version, why there is no device).
+// (each device's architecture, runtime version, why there is no device).
 py::tuple cuda_devices() {
-#if FUSEDOPT_WITH_CUDA
-  const char* error = nullptr;
-  const int count = fusedopt::cuda::device_count(&error);
-  return py::make_tuple(count, fusedopt::cuda::runtime_version(), error ? error : "");
-#else
-  return py::make_tuple(0, 0, "built without CUDA kernels (" FUSEDOPT_CUDA_DECISION ")");
-#endif
+  std::vector<int> architectures;
+  int version = 0;
+  const char* error = "built without CUDA kernels (" FUSEDOPT_CUDA_DECISION ")";
+  if constexpr (fusedopt::kWithCuda) {
+    const int count = fusedopt::cuda::device_count(&error);
+    for (int device = 0; device < count; ++device) architectures.push_back(fusedopt::cuda::architecture(device));
+    version = fusedopt::cuda::runtime_version();
+    if (!error) error = count ? "" : "no CUDA device here";
+  }
+  return py::make_tuple(architectures, version, error);
+}
+
+// (DLPack device type, device id) of an array of any library.
+py::tuple device_of(const py::object& array, const char* name) {
+  static auto* reader = new fusedopt::ArrayReader;  // never destroyed: what it holds must not outlive Python
+  fusedopt::ArrayView view;
+  reader->read(array.ptr(), {name, -1, ""}, &view);
+  reader->clear();
+  return py::make_tuple(view.device.type, view.device.id);
 }
 
 }  // namespace
@@ -44,6 +56,7 @@ PYBIND11_MODULE(_C, module) {
   module.attr("cuda_decision") = FUSEDOPT_CUDA_DECISION;
   module.attr("cuda_archs") = FUSEDOPT_CUDA_ARCHS;
   module.def("cuda_devices", &cuda_devices);
+  module.def("device_of", &device_of, py::arg("array"), py::arg("name"));
   module.def("isa", &fusedopt::isa);
   module.def("available_isas", &available_isas);
   module.def("set_isa", &set_isa, py::arg("name"));

@@ -1,5 +1,7 @@
 #include "binding/step_counters.h"
 
+#include "binding/numbers.h"
+
 namespace fusedopt {
 namespace {
 
@@ -15,13 +17,13 @@ double value_of(const ArrayView& counter) {
 
 }  // namespace
 
-int64_t StepCounters::next(PyObject* object, const ArrayView& counter, const ArgName& name) {
-  if (counter.dtype == DType::kBFloat16 || counter.dtype == DType::kFloat16)
-    throw py::type_error(describe(name, object) + ": a step counter is float32, float64, int32 or int64");
-  if (counter.numel() != 1) throw py::value_error(describe(name, object) + ": a step counter has one element");
-  if (counter.device.type == dlpack::kCuda)
-    throw py::value_error(describe(name, object) + ": is on a GPU, but this backend keeps step counters on the CPU");
+void check_counter(PyObject* object, const ArrayView& counter, const ArgName& name) {
+  check_number(object, counter, name, "a step counter");
   if (counter.read_only) throw py::value_error(describe(name, object) + ": is read-only");
+}
+
+int64_t StepCounters::next(PyObject* object, const ArrayView& counter, const ArgName& name) {
+  check_counter(object, counter, name);
   const double value = value_of(counter);
   if (!(value >= 0 && value < 9e15) || double(int64_t(value)) != value)
     throw py::value_error(name.str() + " is " + std::to_string(value) + ", expected a whole number >= 0");

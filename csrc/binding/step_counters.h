@@ -1,10 +1,13 @@
-// Step counters: one-element arrays on the host that hold the number of steps taken.
+// Step counters on the host: one-element arrays that hold the number of steps taken.
 #pragma once
 #include <vector>
 
 #include "binding/arrays.h"
 
 namespace fusedopt {
+
+// Throws unless this is a writable number of a dtype that counts, on whatever device.
+void check_counter(PyObject* object, const ArrayView& counter, const ArgName& name);
 
 class StepCounters {
  public:

@@ -4,6 +4,8 @@
 #include <cstring>
 #include <numeric>
 
+#include "binding/numbers.h"
+
 namespace fusedopt {
 namespace {
 
@@ -16,15 +18,6 @@ bool same_shape(const ArrayView& a, const ArrayView& b) {
   for (int32_t d = 0; d < a.ndim; ++d)
     if (a.shape[d] != b.shape[d]) return false;
   return true;
-}
-
-std::string device_string(dlpack::Device device) {
-  switch (device.type) {
-    case dlpack::kCpu: return "cpu";
-    case dlpack::kCuda: return "cuda:" + std::to_string(device.id);
-    case dlpack::kCudaHost: return "cpu (pinned)";
-    default: return "DLPack device " + std::to_string(device.type) + ":" + std::to_string(device.id);
-  }
 }
 
 std::vector<int64_t> strides_of(const ArrayView& view) {

@@ -4,10 +4,10 @@
 // division and one square root: memory-bound. The capturable step adds two small kernels, one thread a counter and one
 // an option.
 #define FUSEDOPT_TARGET cuda
-#include <algorithm>
 #include <cstddef>
 
 #include "cuda/adamw.h"
+#include "cuda/device_number.cuh"
 #include "cuda/elementwise.cuh"
 
 namespace fusedopt::cuda {
@@ -76,61 +76,20 @@ using Formats = FormatList<AdamWFormat<Float32, Float32, Float32>, AdamWFormat<F
 
 // ---- numbers on the device
 
-__device__ double read(DeviceNumber number) {
-  switch (number.dtype) {
-    case DType::kInt32: return *static_cast<const int32_t*>(number.data);
-    case DType::kInt64: return double(*static_cast<const int64_t*>(number.data));
-    default: return load_any<double>(number.dtype, number.data, 0);
-  }
-}
-
-__device__ void increment(DeviceNumber number) {
-  switch (number.dtype) {
-    case DType::kFloat32: *static_cast<float*>(number.data) += 1; break;
-    case DType::kFloat64: *static_cast<double*>(number.data) += 1; break;
-    case DType::kInt32: *static_cast<int32_t*>(number.data) += 1; break;
-    default: *static_cast<int64_t*>(number.data) += 1;
-  }
-}
-
-template <typename T>
-struct Batch {  // as many as a kernel parameter holds, beside some others
-  static constexpr int kCapacity = (kMaxKernelParameterBytes - 256) / sizeof(T);
-  int64_t size;
-  T items[kCapacity];
-};
-
-__device__ bool is_set(DeviceNumber number) { return number.data && read(number) != 0; }
-
 __global__ void __launch_bounds__(kThreads)
-    increment_kernel(const Batch<DeviceNumber> __grid_constant__ counters, DeviceNumber found_inf) {
-  const int i = blockIdx.x * kThreads + threadIdx.x;
-  if (i < counters.size && !is_set(found_inf)) increment(counters.items[i]);
-}
-
-__global__ void __launch_bounds__(kThreads)
-    prepare_kernel(const Batch<AdamWDeviceOptions> __grid_constant__ options, DeviceNumber grad_scale,
-                   DeviceNumber found_inf, Prepared* prepared) {
+    prepare_kernel(const Batch<AdamWDeviceOptions> __grid_constant__ options, AdamWLossScale loss_scale,
+                   Prepared* prepared) {
   const int i = blockIdx.x * kThreads + threadIdx.x;
   if (i >= options.size) return;
-  AdamWOptions numbers = options.items[i].options;
-  if (options.items[i].lr.data) numbers.lr = read(options.items[i].lr);
-  const double inv_grad_scale = grad_scale.data ? 1.0 / read(grad_scale) : 1.0;
-  prepared[i].scalars = adamw_scalars(numbers, int64_t(read(options.items[i].step)), inv_grad_scale);
-  prepared[i].skip = is_set(found_inf);
-}
-
-// launch_batch(batch, thread blocks, index of the batch's first item) for one batch after the other.
-template <typename T, typename LaunchBatch>
-Status launch_batches(const T* items, int64_t size, LaunchBatch launch_batch) {
-  Batch<T> batch;
-  for (int64_t at = 0; at < size; at += Batch<T>::kCapacity) {
-    batch.size = std::min<int64_t>(size - at, Batch<T>::kCapacity);
-    std::copy_n(items + at, batch.size, batch.items);
-    const Status status = status_of(launch_batch(batch, dim3((batch.size + kThreads - 1) / kThreads), at));
-    if (!status) return status;
-  }
-  return {};
+  const AdamWDeviceOptions& own = options.items[i];
+  AdamWOptions numbers = own.options;
+  if (own.lr.data) numbers.lr = read(own.lr);
+  if (own.weight_decay.data) numbers.weight_decay = read(own.weight_decay);
+  const int64_t step = own.step.data ? int64_t(read(own.step)) : own.host_step;
+  const bool scaled = loss_scale.grad_scale.data;
+  const double inv_grad_scale = scaled ? 1.0 / read(loss_scale.grad_scale) : loss_scale.inv_grad_scale;
+  prepared[i].scalars = adamw_scalars(numbers, step, inv_grad_scale);
+  prepared[i].skip = is_set(loss_scale.found_inf);
 }
 
 }  // namespace
@@ -142,16 +101,14 @@ Status launch_adamw(const TensorTable& table, const AdamWScalars<double>* scalar
 int64_t adamw_workspace_bytes(int64_t options_size) { return options_size * int64_t(sizeof(Prepared)); }
 
 Status launch_adamw_capturable(const TensorTable& table, const AdamWDeviceOptions* options, int64_t options_size,
-                               const DeviceNumber* counters, int64_t counters_size, DeviceNumber grad_scale,
-                               DeviceNumber found_inf, void* workspace, cudaStream_t stream) {
+                               const DeviceNumber* counters, int64_t counters_size, const AdamWLossScale& loss_scale,
+                               void* workspace, cudaStream_t stream) {
   if (const Status status = check_alignment(table); !status) return status;  // before any counter moves
   auto* prepared = static_cast<Prepared*>(workspace);
-  Status status = launch_batches(counters, counters_size, [&](const auto& batch, dim3 grid, int64_t) {
-    return launch(increment_kernel, grid, dim3(kThreads), 0, stream, batch, found_inf);
-  });
+  Status status = launch_increment(counters, counters_size, loss_scale.found_inf, stream);
   if (!status) return status;
   status = launch_batches(options, options_size, [&](const auto& batch, dim3 grid, int64_t first) {
-    return launch(prepare_kernel, grid, dim3(kThreads), 0, stream, batch, grad_scale, found_inf, prepared + first);
+    return launch(prepare_kernel, grid, dim3(kThreads), 0, stream, batch, loss_scale, prepared + first);
   });
   if (!status) return status;
   return launch_elementwise(AdamW{nullptr, prepared}, table, Formats(), stream);

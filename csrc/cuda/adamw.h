@@ -1,10 +1,10 @@
 // AdamW on a GPU. Nothing here allocates or synchronises, so all of it can be captured in a CUDA graph; a graph replays
 // the arrays' addresses and whatever numbers came from the host.
 #pragma once
-#include <cuda_runtime.h>
-
 #include "common/status.h"
 #include "common/tensor_table.h"
+#include "cuda/device_number.h"
+#include "cuda/stream.h"
 #include "math/adamw.h"
 
 namespace fusedopt::cuda {
@@ -12,18 +12,20 @@ namespace fusedopt::cuda {
 // One step over the table; row.scalars is an index into `scalars`, which is host memory.
 Status launch_adamw(const TensorTable& table, const AdamWScalars<double>* scalars, cudaStream_t stream);
 
-struct DeviceNumber {  // one number in device memory; data == nullptr: there is none
-  void* data;
-  DType dtype;
-};
-
 struct AdamWDeviceOptions {
   AdamWOptions options;
-  DeviceNumber lr;    // replaces options.lr, if there is one
-  DeviceNumber step;  // counts the steps taken; one of the launch's counters
+  DeviceNumber lr, weight_decay;  // replace those of options, where there are any
+  DeviceNumber step;              // counts the steps taken; one of the launch's counters
+  int64_t host_step;              // this step's number, where there is no counter
 };
 
 int64_t adamw_workspace_bytes(int64_t options_size);
+
+struct AdamWLossScale {  // what gradients are to be divided by, and whether one of them is not finite
+  double inv_grad_scale;
+  DeviceNumber grad_scale;  // replaces 1 / inv_grad_scale, if there is one
+  DeviceNumber found_inf;
+};
 
 // The same with numbers that stay on the device ("capturable"): adds one to each counter, then takes the step that it
 // counts. If found_inf holds anything but 0, counters and arrays stay as they are.
@@ -31,7 +33,7 @@ int64_t adamw_workspace_bytes(int64_t options_size);
 //   counters    host memory, each counter once, however many options name it
 //   workspace   device memory of adamw_workspace_bytes(options_size) bytes, aligned to 8, untouched until the end
 Status launch_adamw_capturable(const TensorTable& table, const AdamWDeviceOptions* options, int64_t options_size,
-                               const DeviceNumber* counters, int64_t counters_size, DeviceNumber grad_scale,
-                               DeviceNumber found_inf, void* workspace, cudaStream_t stream);
+                               const DeviceNumber* counters, int64_t counters_size, const AdamWLossScale& loss_scale,
+                               void* workspace, cudaStream_t stream);
 
 }  // namespace fusedopt::cuda

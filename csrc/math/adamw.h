@@ -19,6 +19,11 @@ struct AdamWRole {
 struct AdamWOptions {  // one tensor's hyperparameters, as the user gave them
   double lr, beta1, beta2, eps, weight_decay;
   bool maximize;
+
+  bool operator==(const AdamWOptions& o) const {
+    return lr == o.lr && beta1 == o.beta1 && beta2 == o.beta2 && eps == o.eps && weight_decay == o.weight_decay &&
+           maximize == o.maximize;
+  }
 };
 
 template <typename S>

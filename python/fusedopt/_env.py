@@ -18,7 +18,10 @@ def env() -> dict[str, Any]:
         "isas": _C.available_isas(),
         "threads": get_num_threads(),
         "backends": backends.table(),
-        "gpu_default": {f"{op} on {arch}": b for (op, arch), b in backends.GPU_DEFAULT.items()},
+        "gpu_default": {
+            "not measured": "cuda",
+            **{f"{op} on {arch}": name for (op, arch), name in backends.GPU_DEFAULT.items()},
+        },
         "cuda": _cuda(),
         "cpu": _cpu_name(),
         "cpus": len(os.sched_getaffinity(0)),
@@ -29,13 +32,13 @@ def env() -> dict[str, Any]:
 
 
 def _cuda() -> dict[str, Any]:
-    devices, runtime, error = _C.cuda_devices()
+    architectures, runtime, error = backends.cuda_devices()
     return {
         "built": _C.built_with_cuda,
         "why": _C.cuda_decision,
         "archs": _C.cuda_archs,
         "runtime": runtime,
-        "devices": devices,
+        "devices": [f"sm_{architecture}" for architecture in architectures],
         "error": error,
     }
 

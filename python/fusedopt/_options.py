@@ -4,6 +4,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from fusedopt import backends
+
 
 def number(name: str, value: Any, low: float, high: float = math.inf) -> float:
     """``value`` as a float in ``[low, high)``; 0-d and one-element arrays count as numbers.
@@ -22,8 +24,17 @@ def number(name: str, value: Any, low: float, high: float = math.inf) -> float:
     return result
 
 
-def number_per_tensor(name: str, value: Any, count: int) -> list[float]:
+def on_gpu(name: str, value: Any) -> bool:
+    """Whether ``value`` is an array on a GPU."""
+    if isinstance(value, (int, float)) or not hasattr(value, "__dlpack_device__"):
+        return False
+    return backends.device_type(value, name) == "cuda"
+
+
+def number_per_tensor(name: str, value: Any, count: int, on_device: bool) -> list[Any]:
     """One non-negative number for all tensors (a list of one), or one for each.
+
+    With ``on_device``, arrays on a GPU stay what they are: looking at them would wait for it.
 
     Raises:
         TypeError, ValueError: as ``number``, or a sequence of another length.
@@ -31,10 +42,15 @@ def number_per_tensor(name: str, value: Any, count: int) -> list[float]:
     if isinstance(value, str) or not (
         isinstance(value, Sequence) or (hasattr(value, "ndim") and value.ndim)
     ):
-        return [number(name, value, 0.0)]
+        return [value if on_device and on_gpu(name, value) else number(name, value, 0.0)]
     if len(value) != count:
         raise ValueError(f"{name} has {len(value)} numbers, expected one, or {count}: one a tensor")
-    return [number(f"{name}[{i}]", v, 0.0) for i, v in enumerate(value)] or [0.0]
+    if on_device and on_gpu(name, value):  # one array; iterating it would read it
+        return [value[i : i + 1] for i in range(count)] or [0.0]
+    return [
+        v if on_device and on_gpu(f"{name}[{i}]", v) else number(f"{name}[{i}]", v, 0.0)
+        for i, v in enumerate(value)
+    ] or [0.0]
 
 
 def same_length(**lists: Any) -> None:

@@ -4,6 +4,7 @@ An operation registers itself with a launcher per backend (see ``steps/adamw.py`
 knows any of them by name.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +12,11 @@ from typing import Any
 from fusedopt import _C
 
 NAMES = ("cpu", "cuda", "triton", "reference")
+GPU = ("cuda", "triton")  # those that run on a stream
 
 # Which of "cuda" and "triton" runs an operation on a GPU when the caller does not say, by
-# operation and architecture; filled in by measurement on that architecture.
+# operation and architecture ("sm_90"); filled in by measurement on that architecture. Where there
+# is no entry, "cuda" does.
 GPU_DEFAULT: dict[tuple[str, str], str] = {}
 
 
@@ -35,25 +38,54 @@ def register(operation: Operation) -> Operation:
     return operation
 
 
+# (the GPUs' architectures, the CUDA runtime's version, why there is no GPU): asked for once.
+cuda_devices = functools.cache(_C.cuda_devices)
+
+
 def why_missing(backend: str) -> str:
     """Why a backend can't run on this machine; empty if it can."""
     if backend == "cuda":
-        devices, _, why = _C.cuda_devices()
-        return why if devices == 0 else "this version has no CUDA kernels yet"
+        architectures, _, why = cuda_devices()
+        return why or why_no_kernel(architectures)
     if backend == "triton":
         return "this version has no Triton kernels yet"
     return ""
 
 
-def device_type(array: Any) -> str:
-    """``"cpu"``, ``"cuda"`` or what else the array says its device is."""
-    device = getattr(array, "device", None)
-    if device is not None and hasattr(device, "type"):
-        return str(device.type)
-    if hasattr(array, "__dlpack_device__"):
-        kind = int(array.__dlpack_device__()[0])
-        return {1: "cpu", 2: "cuda", 3: "cpu"}.get(kind, f"DLPack device type {kind}")
-    return "cpu"
+def why_no_kernel(architectures: Sequence[int]) -> str:
+    """Why this build runs on none of the devices; empty if it runs on one."""
+    if any(_is_built(architecture) for architecture in architectures):
+        return ""
+    here = ", ".join(f"cuda:{i} is sm_{a}" for i, a in enumerate(architectures))
+    return f"no kernels for the devices here ({here}); built for the architectures {_C.cuda_archs}"
+
+
+def _is_built(architecture: int) -> bool:
+    """Machine code runs on later devices of its generation, PTX on all later ones."""
+    for entry in _C.cuda_archs.split():
+        number = int(entry.removesuffix("-real"))
+        if number <= architecture and (
+            not entry.endswith("-real") or number // 10 == architecture // 10
+        ):
+            return True
+    return False
+
+
+def device_type(array: Any, name: str = "params[0]") -> str:
+    """``"cpu"``, ``"cuda"`` or what else the array says its device is.
+
+    Raises:
+        TypeError: ``name`` is no array that kernels can take.
+    """
+    kind = _C.device_of(array, name)[0]
+    return {1: "cpu", 2: "cuda", 3: "cpu"}.get(kind, f"DLPack device type {kind}")
+
+
+def gpu_default(operation: str, device: int) -> str:
+    """The backend that runs an operation on this GPU when the caller does not say."""
+    architectures = cuda_devices()[0]
+    arch = f"sm_{architectures[device]}" if device < len(architectures) else ""
+    return GPU_DEFAULT.get((operation, arch), "cuda")
 
 
 def choose(operation: Operation, backend: str | None, arrays: Sequence[Any]) -> str:
@@ -67,7 +99,8 @@ def choose(operation: Operation, backend: str | None, arrays: Sequence[Any]) -> 
         device = device_type(arrays[0]) if len(arrays) else "cpu"
         if device not in ("cpu", "cuda"):
             raise ValueError(f"{operation.name}: arrays are on {device!r}, expected cpu or cuda")
-        backend = "cpu" if device == "cpu" else "cuda"
+        gpu = device == "cuda"
+        backend = gpu_default(operation.name, _C.device_of(arrays[0], "")[1]) if gpu else "cpu"
     if backend not in NAMES:
         raise ValueError(f"backend is {backend!r}, expected one of {', '.join(NAMES)} or None")
     missing = why_missing(backend)

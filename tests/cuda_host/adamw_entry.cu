@@ -65,8 +65,9 @@ extern "C" const char* adamw_capturable(const Arrays* a, const cuda::DeviceNumbe
                                         const cuda::DeviceNumber* grad_scale, const cuda::DeviceNumber* found_inf,
                                         void* workspace, cudaStream_t stream) {
   std::vector<cuda::AdamWDeviceOptions> options;
-  for (int64_t i = 0; i < a->size; ++i) options.push_back({a->options[i], lr[i], step[i]});
-  return cuda::launch_adamw_capturable(Table(*a).view(), options.data(), a->size, counters, counters_size, *grad_scale,
-                                       *found_inf, workspace, stream)
+  for (int64_t i = 0; i < a->size; ++i) options.push_back({a->options[i], lr[i], {}, step[i], a->steps[i]});
+  const cuda::AdamWLossScale loss_scale = {a->inv_grad_scale, *grad_scale, *found_inf};
+  return cuda::launch_adamw_capturable(Table(*a).view(), options.data(), a->size, counters, counters_size, loss_scale,
+                                       workspace, stream)
       .error;
 }

@@ -21,7 +21,11 @@ from fusedopt import _C
 
 # A process has ASan from its start or not at all: this file runs itself once more under it.
 SANITIZE = "address" if "libasan" in os.environ.get("LD_PRELOAD", "") else None
-SOURCES = [shim.CSRC / "cuda/adamw.cu", shim.HERE / "adamw_entry.cu"]
+SOURCES = [
+    shim.CSRC / "cuda/adamw.cu",
+    shim.CSRC / "cuda/device_number.cu",
+    shim.HERE / "adamw_entry.cu",
+]
 SIZES = [0, 1, 3, 31, 32, 33, 255, 4097, 10007]
 SEEDS = [0, 1, 2, 3]  # threads in ascending, descending and two random orders
 F32, F64, F16 = (np.dtype(name) for name in ("float32", "float64", "float16"))

@@ -23,9 +23,11 @@ class AdamW(torch.optim.AdamW):
 
     Args:
         params, lr, betas, eps, weight_decay, amsgrad, maximize: as ``torch.optim.AdamW``.
-        foreach, capturable: accepted and kept; there is one implementation here.
-        fused: accepted and kept. As in torch, ``fused=True`` makes ``torch.amp.GradScaler`` leave
-            unscaling and the skipping of bad steps to the kernel.
+        foreach: accepted and kept; there is one implementation here.
+        capturable, fused: as in torch, either keeps the step counters of parameters on a GPU there
+            too, and ``capturable=True`` is what capture in a CUDA graph asks for. Nothing waits for
+            the device either way. ``fused=True`` makes ``torch.amp.GradScaler`` leave unscaling and
+            the skipping of bad steps to the kernel.
         differentiable: refused: a fused kernel has no graph to differentiate.
         state_dtype: ``torch.float32`` or ``torch.bfloat16`` for both moments; ``None`` (default)
             keeps each parameter's own dtype, as torch does.
@@ -105,11 +107,12 @@ class AdamW(torch.optim.AdamW):
                     self.state[p][key] = saved[key].to(device=p.device, dtype=wanted, copy=True)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every parameter that has a gradient.
+        """Update every parameter that has a gradient, on whatever devices they are.
 
         Args:
             closure: called first with gradients enabled; its loss is returned.
         """
+        _check_graph_capture(self)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -127,16 +130,38 @@ class AdamW(torch.optim.AdamW):
         return loss
 
     def _init_state(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        counter = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
-        if group["fused"]:
-            counter = torch.float32
-        steps = _state.step_counters(len(params), counter, torch.device("cpu"))
+        for p in params:
+            if self.state[p]:  # all it lacks is a counter that follows found_inf on the GPU
+                step = self.state[p]["step"]
+                self.state[p]["step"] = step.to(p.device, torch.float32, non_blocking=True)
+        params = [p for p in params if not self.state[p]]
         keys = MOMENTS if group["amsgrad"] else MOMENTS[:2]
         moments = [
             _state.zeros_like(params, group["state_dtype"], kind) for kind, _ in enumerate(keys, 1)
         ]
-        for p, step, *states in zip(params, steps, *moments, strict=True):
+        for p, step, *states in zip(params, _counters(group, params), *moments, strict=True):
             self.state[p].update(step=step, **dict(zip(keys, states, strict=True)))
+
+
+def _counters(group: dict[str, Any], params: list[Tensor]) -> list[Tensor]:
+    """Step counters where torch has them: on the CPU, unless ``capturable`` or ``fused``."""
+    dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+    if group["fused"]:
+        dtype = torch.float32
+    if not (group["capturable"] or group["fused"]):
+        return _state.step_counters(len(params), dtype, torch.device("cpu"))
+    devices = [p.device for p in params]
+    counters = {
+        device: iter(_state.step_counters(devices.count(device), dtype, device))
+        for device in set(devices)
+    }
+    return [next(counters[device]) for device in devices]
+
+
+def _check_graph_capture(optimizer: torch.optim.Optimizer) -> None:
+    """torch's own check that what is being captured was built for it, under its older name too."""
+    names = ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check")
+    next(getattr(optimizer, name) for name in names if hasattr(optimizer, name))()
 
 
 def _check_own_options(options: dict[str, Any]) -> None:

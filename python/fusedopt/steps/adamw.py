@@ -4,7 +4,7 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from fusedopt import _C, _arrays, _options, backends
+from fusedopt import _C, _arrays, _gpu, _options, backends
 from fusedopt._threads import get_num_threads
 from fusedopt.references import adamw as reference
 
@@ -45,17 +45,22 @@ def adamw_step(
             dtype, or float32 or bfloat16. Written.
         step: this step's number, from 1, as an int; or arrays that count the steps taken and are
             incremented unless ``found_inf``: one 0-d array for all, or one counter per tensor as a
-            list of one-element arrays or one 1-d array.
-        lr, weight_decay: a number ≥ 0, a 0-d array, or one number per tensor. Decay is decoupled
-            and multiplied by ``lr``, as in ``torch.optim.AdamW``.
+            list of one-element arrays or one 1-d array. On the CPU or the parameters' device.
+        lr, weight_decay: a number ≥ 0, a 0-d array, or one per tensor. Decay is decoupled and
+            multiplied by ``lr``, as in ``torch.optim.AdamW``.
         betas: two numbers in [0, 1).
         eps: ≥ 0, outside the root.
         max_exp_avg_sqs: the running maxima of AMSGrad, like ``exp_avg_sqs``; written.
         maximize: ascend instead of descend.
         grad_scale: divide gradients by this number (loss scaling); they are not written.
         found_inf: if it is not zero, nothing is written at all.
-        stream: for GPU backends; the CPU has none.
+        stream: for arrays on a GPU: the address of the CUDA stream to work on. By default the
+            current stream of the arrays' library; one that does not tell needs this argument.
         backend: ``"cpu" | "cuda" | "triton" | "reference"``; ``None`` follows the arrays.
+
+    On a GPU nothing waits for the device: ``step``, ``lr``, ``weight_decay``, ``grad_scale`` and
+    ``found_inf`` that are arrays on it are read there, by the kernels, and their values are not
+    checked. A CUDA graph of such a step replays it with the arrays' then current values.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it. Nothing is written.
@@ -67,26 +72,30 @@ def adamw_step(
     if max_exp_avg_sqs is not None:
         lists["max_exp_avg_sqs"] = max_exp_avg_sqs
     _options.same_length(**lists)
-    launch = OPERATION.launchers[backends.choose(OPERATION, backend, params)]
-    if stream is not None:
-        raise ValueError(f"stream is {stream!r}, but the arrays are on the CPU, which has none")
+    name = backends.choose(OPERATION, backend, params)
+    on_device = name in backends.GPU
+    if stream is not None and not on_device:
+        raise ValueError(f"stream is {stream!r}, but backend {name!r} has none")
     options: dict[str, Any] = {
-        "lr": _options.number_per_tensor("lr", lr, len(params)),
-        "weight_decay": _options.number_per_tensor("weight_decay", weight_decay, len(params)),
-        "beta1": _options.number("betas[0]", betas[0], 0.0, 1.0),
-        "beta2": _options.number("betas[1]", betas[1], 0.0, 1.0),
+        "lr": _options.number_per_tensor("lr", lr, len(params), on_device),
+        "weight_decay": _options.number_per_tensor(
+            "weight_decay", weight_decay, len(params), on_device
+        ),
+        "beta1": _beta("betas[0]", betas[0]),
+        "beta2": _beta("betas[1]", betas[1]),
         "eps": _options.number("eps", eps, 0.0),
         "maximize": bool(maximize),
     }
-    scale = 1.0 if grad_scale is None else _grad_scale(grad_scale)
+    scale, found_inf, skip = _loss_scale(grad_scale, found_inf, on_device)
     step = _step(step, len(params))
     plan = _plan()
     try:
-        plan.begin(scale)
+        plan.begin(scale, found_inf, stream, False)
         plan.add_lists(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, step, **options)
         plan.check()
-        if not _is_set(found_inf):
-            launch(plan, lists, step, scale, options)
+        _check_device(plan, name)
+        if not skip:
+            OPERATION.launchers[name](plan, lists, step, scale, options, stream)
     finally:
         plan.clear()
 
@@ -100,34 +109,41 @@ def param_groups_step(
     grad_scale: Any = None,
     found_inf: Any = None,
 ) -> None:
-    """One step over a torch optimizer's own structures, on the CPU.
+    """One step over a torch optimizer's own structures, on whatever devices its tensors are.
+
+    Each device's tensors are updated in one pass. On GPUs nothing waits for the device, unless the
+    optimizer has tensors on the CPU too and ``lr``, ``weight_decay``, ``grad_scale`` or
+    ``found_inf`` lies on a GPU.
 
     Args:
         param_groups, state: the optimizer's.
-        init_state: called with a group and its parameters that have a gradient but no state yet.
+        init_state: called with a group and its parameters that have a gradient but no state yet, or
+            whose step counter has to move to their GPU.
         plan: kept by the optimizer between steps.
         grad_scale, found_inf: as in ``adamw_step``.
     """
-    scale = 1.0 if grad_scale is None else _grad_scale(grad_scale)
+    scale, found_inf, skip = _loss_scale(grad_scale, found_inf, on_device=True)
     try:
-        while missing := _add_groups(plan, scale, param_groups, state):
+        while missing := _add_groups(plan, scale, found_inf, param_groups, state):
             for group, params in missing:
                 init_state(group, params)
         plan.check()
-        if not _is_set(found_inf):
-            _arrays.bump_tensor_versions(plan.updated())
-            plan.launch(get_num_threads())
+        if not skip:
+            updated = plan.updated()
+            _arrays.bump_tensor_versions(updated)
+            _launch(plan, updated, None, found_inf)
     finally:
         plan.clear()
 
 
 def _add_groups(
     plan: _C.AdamWPlan,
-    scale: float,
+    scale: Any,
+    found_inf: Any,
     param_groups: Iterable[dict[str, Any]],
     state: dict[Any, dict[str, Any]],
 ) -> list[tuple[dict[str, Any], list[Any]]]:
-    plan.begin(scale)
+    plan.begin(scale, found_inf, None, True)
     missing = []
     for index, group in enumerate(param_groups):
         beta1, beta2 = group["betas"]
@@ -135,10 +151,10 @@ def _add_groups(
             index,
             group["params"],
             state,
-            float(group["lr"]),
-            float(group["weight_decay"]),
-            float(beta1),
-            float(beta2),
+            _on_device_or_float("lr", group["lr"]),
+            _on_device_or_float("weight_decay", group["weight_decay"]),
+            _beta("betas[0]", beta1),
+            _beta("betas[1]", beta2),
             float(group["eps"]),
             bool(group["amsgrad"]),
             bool(group["maximize"]),
@@ -146,6 +162,19 @@ def _add_groups(
         if params:
             missing.append((group, params))
     return missing
+
+
+def _launch(plan: _C.AdamWPlan, params: Sequence[Any], stream: int | None, found_inf: Any) -> None:
+    """Everything that the plan holds: GPUs first, since a launch there may fail."""
+    for gpu in plan.gpus():
+        chosen = plan.current_stream(gpu) if stream is None else stream
+        if chosen is None:
+            chosen = _gpu.current_stream(gpu, params[0])
+        size = plan.workspace_bytes(gpu)
+        memory = _gpu.workspace(size, gpu, stream) if size else None
+        plan.launch_gpu(gpu, chosen, memory.data_ptr() if size else 0)
+    if not (plan.rows_on_cpu() and _is_set(found_inf)):
+        plan.launch(get_num_threads())
 
 
 def _plan() -> _C.AdamWPlan:
@@ -168,27 +197,54 @@ def _step(step: Any, count: int) -> Any:
     return step
 
 
-def _grad_scale(grad_scale: Any) -> float:
-    scale = _options.number("grad_scale", grad_scale, 0.0)
-    if scale == 0.0:
-        raise ValueError("grad_scale is 0, expected a number > 0")
-    return scale
+def _beta(name: str, beta: Any) -> float:
+    if _options.on_gpu(name, beta):
+        raise ValueError(f"{name} is on a GPU, expected a number or an array on the CPU")
+    return _options.number(name, beta, 0.0, 1.0)
+
+
+def _on_device_or_float(name: str, value: Any) -> Any:
+    return value if _options.on_gpu(name, value) else float(value)
+
+
+def _loss_scale(grad_scale: Any, found_inf: Any, on_device: bool) -> tuple[Any, Any, bool]:
+    """``grad_scale`` as a number or an array on a GPU, ``found_inf`` if it is one, whether to skip."""
+    if grad_scale is None:
+        scale: Any = 1.0
+    elif on_device and _options.on_gpu("grad_scale", grad_scale):
+        scale = grad_scale
+    else:
+        scale = _options.number("grad_scale", grad_scale, 0.0)
+        if scale == 0.0:
+            raise ValueError("grad_scale is 0, expected a number > 0")
+    if on_device and found_inf is not None and _options.on_gpu("found_inf", found_inf):
+        return scale, found_inf, False
+    return scale, None, _is_set(found_inf)
 
 
 def _is_set(found_inf: Any) -> bool:
     return found_inf is not None and float(found_inf) != 0.0
 
 
-def _launch_cpu(
+def _check_device(plan: _C.AdamWPlan, backend: str) -> None:
+    gpu = bool(plan.gpus())
+    if backend == "cpu" and gpu:
+        raise ValueError("params[0] is on a GPU, but backend 'cpu' takes arrays on the CPU")
+    if backend == "cuda" and plan.rows_on_cpu():
+        raise ValueError("params[0] is on the CPU, but backend 'cuda' takes arrays on a GPU")
+
+
+def _launch_kernels(
     plan: _C.AdamWPlan,
     lists: dict[str, Sequence[Any]],
     step: Any,
-    scale: float,
+    scale: Any,
     options: dict[str, Any],
+    stream: int | None,
 ) -> None:
     written = [array for name, arrays in lists.items() if name != "grads" for array in arrays]
     _arrays.bump_versions(written)
-    plan.launch(get_num_threads())
+    _launch(plan, lists["params"], stream, None)
 
 
 def _launch_reference(
@@ -197,6 +253,7 @@ def _launch_reference(
     step: Any,
     scale: float,
     options: dict[str, Any],
+    stream: int | None,
 ) -> None:
     counters = [] if isinstance(step, int) else step if isinstance(step, list) else [step]
     taken = [int(_arrays.to_float64(counter).item()) + 1 for counter in counters]
@@ -226,5 +283,9 @@ def _one_or_all(numbers: list[float]) -> float | list[float]:
 
 
 OPERATION = backends.register(
-    backends.Operation("adamw_step", {"cpu": _launch_cpu, "reference": _launch_reference}, DTYPES)
+    backends.Operation(
+        "adamw_step",
+        {"cpu": _launch_kernels, "cuda": _launch_kernels, "reference": _launch_reference},
+        DTYPES,
+    )
 )

@@ -1,0 +1,43 @@
+"""What a launch on a GPU needs from the caller's framework: its current stream, and memory."""
+
+import sys
+from typing import Any
+
+
+def current_stream(gpu: int, array: Any) -> int:
+    """The stream on which ``array``'s library works now, where its type does not tell in C.
+
+    Raises:
+        ValueError: it can't be known.
+    """
+    torch = sys.modules.get("torch")
+    if torch is None or not isinstance(array, torch.Tensor):
+        raise ValueError(
+            f"params[0] is a {type(array).__module__}.{type(array).__name__}, whose current "
+            "stream can't be told; pass stream=, the address of the CUDA stream to work on"
+        )
+    return int(torch.cuda.current_stream(gpu).cuda_stream)
+
+
+def workspace(size: int, gpu: int, stream: int | None) -> Any:
+    """Device memory for one launch; its ``data_ptr()`` is the address.
+
+    It may be dropped after the launch: torch hands it out again in the order of the stream, and a
+    CUDA graph keeps what was allocated while it was captured.
+
+    Args:
+        stream: the stream of the launch, if it is not the current one.
+
+    Raises:
+        RuntimeError: torch is not loaded.
+    """
+    torch = sys.modules.get("torch")
+    if torch is None:
+        raise RuntimeError(
+            f"numbers that lie on cuda:{gpu} (step, lr, weight_decay, grad_scale or found_inf) need "
+            "memory beside the arrays, which comes from torch; import torch, or pass numbers"
+        )
+    if stream is None:
+        return torch.empty(size, dtype=torch.uint8, device=f"cuda:{gpu}")
+    with torch.cuda.stream(torch.cuda.ExternalStream(stream, device=gpu)):
+        return torch.empty(size, dtype=torch.uint8, device=f"cuda:{gpu}")
