@@ -14,6 +14,8 @@ from itertools import chain
 import numpy as np
 import torch
 
+import where
+
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 STATE_KEYS = ["exp_avg", "exp_avg_sq", "max_exp_avg_sq"]
 
@@ -49,7 +51,7 @@ def draw(like, seed, scale=1.0):
 
 def _normal(shape, dtype, generator, scale):
     wide = torch.complex128 if dtype.is_complex else torch.float64
-    return (torch.randn(shape, generator=generator, dtype=wide) * scale).to(dtype)
+    return (torch.randn(shape, generator=generator, dtype=wide) * scale).to(where.device, dtype)
 
 
 def parameters(*shapes, dtype=torch.float32, seed=0):
@@ -77,14 +79,14 @@ def as_array(tensor):
     tensor = tensor.detach().resolve_conj().resolve_neg()
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)
-    return tensor.double().numpy().astype(np.longdouble).reshape(-1)
+    return tensor.double().cpu().numpy().astype(np.longdouble).reshape(-1)
 
 
 def bits(tensor):
     """The values in logical order, as bytes, which compare NaN with NaN and tell zeros apart."""
     tensor = tensor.detach().resolve_conj().resolve_neg()
     flat = tensor.clone(memory_format=torch.contiguous_format).view(-1)
-    return flat.view(torch.uint8).numpy().tobytes()
+    return flat.view(torch.uint8).cpu().numpy().tobytes()
 
 
 def snapshot(optimizer):

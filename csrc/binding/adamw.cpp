@@ -70,6 +70,11 @@ class AdamWPlan {
     if (!rows.first || !reader_.current_stream(rows.first, rows.device, &stream)) return {};
     return reinterpret_cast<uintptr_t>(stream);
   }
+  // One of the parameters there.
+  py::object first_on(int32_t gpu) {
+    PyObject* first = gpu_rows({dlpack::kCuda, gpu}).first;
+    return first ? py::reinterpret_borrow<py::object>(first) : py::none();
+  }
   int64_t workspace_bytes(int32_t gpu) {
     const AdamWGpuRows& rows = gpu_rows({dlpack::kCuda, gpu});
     return rows.workspace_bytes(loss_scale_on(rows.device));
@@ -99,6 +104,7 @@ class AdamWPlan {
     reader_.clear();
     scalars_.clear();
     names_.clear();
+    numbers_.clear();
     updated_.clear();
     held_.clear();
     for (AdamWGpuRows& gpu : gpus_) gpu.clear();
@@ -152,6 +158,7 @@ class AdamWPlan {
   Number grad_scale_, found_inf_;
   double inv_grad_scale_ = 1;  // 0: on a GPU, and not read yet
   std::deque<ArgNames> names_;
+  std::deque<Number> numbers_;  // and their copies on other GPUs, alive until the launch is over
   std::vector<py::object> held_;    // gradients, alive until the launch is over
   std::vector<PyObject*> updated_;  // borrowed from the groups' lists
   SecondOwners owners_;
@@ -260,9 +267,9 @@ void AdamWPlan::add_lists(const py::sequence& params, const py::sequence& grads,
   if (numbered) common.number = step.cast<int64_t>();
   if (!numbered && !listed) common = read_step(step.ptr(), &names, -1);
   std::vector<Number> rates, decays;
-  for (const py::handle number : lr) rates.emplace_back(py::reinterpret_borrow<py::object>(number), "lr");
+  for (const py::handle number : lr) rates.emplace_back(py::reinterpret_borrow<py::object>(number), "lr", false);
   for (const py::handle number : weight_decay)
-    decays.emplace_back(py::reinterpret_borrow<py::object>(number), "weight_decay");
+    decays.emplace_back(py::reinterpret_borrow<py::object>(number), "weight_decay", false);
   dlpack::Device device = {};
   const py::sequence lists[] = {params, grads, exp_avgs, exp_avg_sqs,
                                 amsgrad ? py::sequence(max_exp_avg_sqs) : py::sequence(py::tuple())};
@@ -309,7 +316,8 @@ py::list AdamWPlan::add_group(int64_t group, const py::list& params, const py::d
                  {prefix, "'s state 'exp_avg_sq'"},
                  {prefix, "'s state 'max_exp_avg_sq'"}};
   names.counter = {prefix, "'s state 'step'"};
-  const Number rate(lr, "lr", true), decay(weight_decay, "weight_decay", true);
+  const Number& rate = numbers_.emplace_back(lr, "lr", true);
+  const Number& decay = numbers_.emplace_back(weight_decay, "weight_decay", true);
   Options options = options_of(rate, decay, beta1, beta2, eps, maximize);
   const StateKeys& keys = state_keys();
   DictCursor states(state.ptr());
@@ -372,6 +380,7 @@ void bind_adamw(py::module_& module) {
       .def("check", &AdamWPlan::check)
       .def("updated", &AdamWPlan::updated)
       .def("gpus", &AdamWPlan::gpus)
+      .def("first_on", &AdamWPlan::first_on, "gpu"_a)
       .def("rows_on_cpu", &AdamWPlan::rows_on_cpu)
       .def("current_stream", &AdamWPlan::current_stream, "gpu"_a)
       .def("workspace_bytes", &AdamWPlan::workspace_bytes, "gpu"_a)

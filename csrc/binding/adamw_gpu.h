@@ -7,7 +7,7 @@ namespace fusedopt {
 
 class AdamWGpuRows {
  public:
-  AdamWGpuRows(dlpack::Device device, unsigned writes) : device(device), table(AdamWRole::kCount, writes) {}
+  AdamWGpuRows(dlpack::Device device, unsigned writes) : device(device), table(AdamWRole::kCount, writes) { clear(); }
 
   void clear();
   bool used() const { return !options_.empty() || !counters_.empty(); }

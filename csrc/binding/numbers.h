@@ -18,7 +18,7 @@ class Number {
  public:
   Number() = default;
   // A Python number, or a one-element array on a GPU; arrays on the host are the caller's to convert.
-  Number(const py::object& value, const char* name, bool movable = false);
+  Number(const py::object& value, const char* name, bool movable);
 
   bool on_gpu() const { return bool(array_); }
   double on_host() const;  // waits for the device if the number lies there

@@ -13,19 +13,20 @@ def current_stream(gpu: int, array: Any) -> int:
     torch = sys.modules.get("torch")
     if torch is None or not isinstance(array, torch.Tensor):
         raise ValueError(
-            f"params[0] is a {type(array).__module__}.{type(array).__name__}, whose current "
-            "stream can't be told; pass stream=, the address of the CUDA stream to work on"
+            f"the arrays on cuda:{gpu} are of type {type(array).__module__}.{type(array).__name__}, "
+            "which does not tell its current stream; pass stream=, the address of a CUDA stream"
         )
     return int(torch.cuda.current_stream(gpu).cuda_stream)
 
 
-def workspace(size: int, gpu: int, stream: int | None) -> Any:
+def workspace(size: int, gpu: int, array: Any, stream: int | None) -> Any:
     """Device memory for one launch; its ``data_ptr()`` is the address.
 
     It may be dropped after the launch: torch hands it out again in the order of the stream, and a
     CUDA graph keeps what was allocated while it was captured.
 
     Args:
+        array: one of those that the launch works on.
         stream: the stream of the launch, if it is not the current one.
 
     Raises:
@@ -37,7 +38,8 @@ def workspace(size: int, gpu: int, stream: int | None) -> Any:
             f"numbers that lie on cuda:{gpu} (step, lr, weight_decay, grad_scale or found_inf) need "
             "memory beside the arrays, which comes from torch; import torch, or pass numbers"
         )
-    if stream is None:
-        return torch.empty(size, dtype=torch.uint8, device=f"cuda:{gpu}")
-    with torch.cuda.stream(torch.cuda.ExternalStream(stream, device=gpu)):
-        return torch.empty(size, dtype=torch.uint8, device=f"cuda:{gpu}")
+    device = array.device if isinstance(array, torch.Tensor) else torch.device("cuda", gpu)
+    if stream is None or device.type != "cuda":
+        return torch.empty(size, dtype=torch.uint8, device=device)
+    with torch.cuda.stream(torch.cuda.ExternalStream(stream, device=device)):
+        return torch.empty(size, dtype=torch.uint8, device=device)

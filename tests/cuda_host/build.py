@@ -35,24 +35,24 @@ REDZONE = 64  # bytes behind every __shared__ variable
 # Roundings as under nvcc --fmad=false: an fma is where the source says so, and is one instruction.
 # Unique symbols would merge the __shared__ variables of two libraries in one process.
 FLAGS = (
-    "-std=c++17 -fPIC -ffp-contract=off -mfma -fno-math-errno -fno-gnu-unique -Wall -Wextra "
+    "-std=c++17 -fPIC -ffp-contract=off -fno-math-errno -fno-gnu-unique -Wall -Wextra "
     f"-Wno-unknown-pragmas -DCUDA_HOST_REDZONE={REDZONE}"
 ).split()
 
-# The runtime is compiled without, and told by a macro. For races, g++ only puts calls before a
-# kernel's loads and stores: race.cpp answers them, not libtsan.
+# The runtime and other host sources are compiled without, so that builds share their objects; the
+# runtime is told by a macro. For races, g++ only puts calls before a kernel's loads and stores:
+# race.cpp answers them, not libtsan.
 _ADDRESS = "-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all"
 _RACE = "-O1 -g -fsanitize=thread --param=tsan-instrument-func-entry-exit=0"
-SANITIZE = {  # flags for .cu and for other sources
-    None: ("-O2", "-O2"),
-    "address": (_ADDRESS, _ADDRESS),
-    "race": (_RACE, "-O2"),
-}
+SANITIZE = {None: "-O2", "address": _ADDRESS, "race": _RACE}  # flags for .cu files
 UNUSED_SECONDS = 7 * 24 * 3600  # after which a file leaves the cache
 
 
+Source = str | Path | tuple[str | Path, Sequence[str]]  # with flags of its own
+
+
 def build(
-    sources: Iterable[str | Path],
+    sources: Iterable[Source],
     *,
     sanitize: str | None = None,
     include: Sequence[str | Path] = (CSRC,),
@@ -63,7 +63,8 @@ def build(
     Files are kept by content: same sources, headers, flags and compiler, same file.
 
     Args:
-        sources: ``.cu`` files, and ``.cpp`` files that call their launchers.
+        sources: ``.cu`` files, and ``.cpp`` files that call their launchers; each may come with
+            flags of its own.
         sanitize: ``None``, ``"address"`` (ASan and UBSan) or ``"race"``.
         include: directories for ``#include``.
         flags: further flags for the sources.
@@ -75,15 +76,15 @@ def build(
     CACHE.mkdir(parents=True, exist_ok=True)
     _forget_unused()
     common = [*FLAGS, *(f"-isystem{path}" for path in toolkit_include())]
-    if sanitize:
-        common.append(f"-DCUDA_HOST_SANITIZE_{sanitize.upper()}=1")
-    own = [*common, f"-I{HERE}", *(f"-I{Path(path).resolve()}" for path in include)]
-    own += ["-include", str(HERE / "shim.h"), *flags]
+    told = [f"-DCUDA_HOST_SANITIZE_{sanitize.upper()}=1"] if sanitize else []
+    own = [*common, f"-I{HERE}", *(f"-I{Path(path).resolve()}" for path in include), *flags]
+    device = [*told, "-mfma", "-include", str(HERE / "shim.h"), *SANITIZE[sanitize].split()]
     jobs = []
-    for source in map(Path, sources):
-        checks = SANITIZE[sanitize][source.suffix != ".cu"]
-        jobs.append((source.resolve(), [*own, *checks.split()]))
-    jobs += [(source, [*common, "-O2", "-fvisibility=hidden"]) for source in RUNTIME]
+    for given in sources:
+        name, extra = given if isinstance(given, tuple) else (given, ())
+        source = Path(name).resolve()
+        jobs.append((source, [*own, *(device if source.suffix == ".cu" else ["-O1"]), *extra]))
+    jobs += [(source, [*common, *told, "-O2", "-fvisibility=hidden"]) for source in RUNTIME]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(lambda job: _compile(*job), jobs))
     link = ["-shared", "-Wl,-Bsymbolic"]

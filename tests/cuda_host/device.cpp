@@ -26,7 +26,7 @@ struct Architecture {
 constexpr int kKilobyte = 1024;
 constexpr int kReservedShared = 1 * kKilobyte;  // per block, by the system
 constexpr Architecture kArchitectures[] = {
-    {80, 2048, 32, 164 * kKilobyte, 163 * kKilobyte},  {86, 1536, 16, 100 * kKilobyte, 99 * kKilobyte},
+    {75, 1024, 16, 64 * kKilobyte, 64 * kKilobyte},    {80, 2048, 32, 164 * kKilobyte, 163 * kKilobyte},  {86, 1536, 16, 100 * kKilobyte, 99 * kKilobyte},
     {89, 1536, 24, 100 * kKilobyte, 99 * kKilobyte},   {90, 2048, 32, 228 * kKilobyte, 227 * kKilobyte},
     {100, 2048, 32, 228 * kKilobyte, 227 * kKilobyte}, {120, 1536, 24, 100 * kKilobyte, 99 * kKilobyte},
 };
@@ -39,6 +39,8 @@ int from_environment(const char* name, int otherwise) {
 }
 
 int sm_count() { return from_environment("CUDA_HOST_SMS", 4); }
+int device_count() { return from_environment("CUDA_HOST_DEVICES", 1); }
+thread_local int current_device = 0;
 
 const Architecture& architecture() {
   const int wanted = from_environment("CUDA_HOST_ARCH", 90);
@@ -63,6 +65,7 @@ int blocks_per_sm(int threads, size_t dynamic_shared) {
 }
 
 cudaError_t check(const cudaLaunchConfig_t& c, const void* kernel, bool cooperative) {
+  if (std::getenv("CUDA_HOST_FAIL")) return cudaErrorNoKernelImageForDevice;
   const dim3 g = c.gridDim, b = c.blockDim;
   const int64_t threads = int64_t(b.x) * b.y * b.z;
   if (g.x < 1 || g.x > 0x7fffffffu || g.y < 1 || g.y > 65535 || g.z < 1 || g.z > 65535)
@@ -83,7 +86,7 @@ void note(const cudaLaunchConfig_t& c, const std::string& name, bool cooperative
   const dim3 g = c.gridDim, b = c.blockDim;
   line << name << '\t' << g.x << ',' << g.y << ',' << g.z << '\t' << b.x << ',' << b.y << ',' << b.z << '\t'
        << c.dynamicSmemBytes << '\t' << reinterpret_cast<uintptr_t>(c.stream) << '\t'
-       << (cooperative ? "cooperative" : "") << '\n';
+       << (cooperative ? "cooperative" : "") << '\t' << current_device << '\n';
   launches += line.str();
 }
 
@@ -147,6 +150,8 @@ const char* CUDARTAPI cudaGetErrorString(cudaError_t error) {
     case cudaErrorInvalidValue: return "invalid argument";
     case cudaErrorInvalidConfiguration: return "invalid configuration argument";
     case cudaErrorInvalidDevice: return "invalid device ordinal";
+    case cudaErrorNoKernelImageForDevice: return "no kernel image is available for execution on the device";
+    case cudaErrorNoDevice: return "no CUDA-capable device is detected";
     case cudaErrorCooperativeLaunchTooLarge: return "too many blocks in cooperative launch";
     case cudaErrorLaunchFailure: return failure.c_str();
     default: return "an error that the host shim does not know";
@@ -154,17 +159,25 @@ const char* CUDARTAPI cudaGetErrorString(cudaError_t error) {
 }
 
 cudaError_t CUDARTAPI cudaGetDeviceCount(int* count) {
-  *count = 1;
+  *count = device_count();
+  return remember(*count ? cudaSuccess : cudaErrorNoDevice);
+}
+cudaError_t CUDARTAPI cudaRuntimeGetVersion(int* version) {
+  *version = CUDART_VERSION;
   return cudaSuccess;
 }
 cudaError_t CUDARTAPI cudaGetDevice(int* device) {
-  *device = 0;
+  *device = current_device;
   return cudaSuccess;
 }
-cudaError_t CUDARTAPI cudaSetDevice(int device) { return remember(device == 0 ? cudaSuccess : cudaErrorInvalidDevice); }
+cudaError_t CUDARTAPI cudaSetDevice(int device) {
+  if (device < 0 || device >= device_count()) return remember(cudaErrorInvalidDevice);
+  current_device = device;
+  return cudaSuccess;
+}
 
 cudaError_t CUDARTAPI cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
-  if (device != 0) return remember(cudaErrorInvalidDevice);
+  if (device < 0 || device >= device_count()) return remember(cudaErrorInvalidDevice);
   const Architecture& a = architecture();
   switch (attribute) {
     case cudaDevAttrMultiProcessorCount: *value = sm_count(); return cudaSuccess;

@@ -307,8 +307,8 @@ def test_launches_are_noted(library):
     call(library, "round_to_bf16", x, x, ctypes.c_int64(300), ctypes.c_void_p(0x1234))
     smooth(library, blocks=3)
     rounded, smoothed = library.cuda_host_take_launches().decode().splitlines()
-    assert "round_kernel(" in rounded and rounded.endswith(f"\t3,1,1\t128,1,1\t0\t{0x1234}\t")
-    assert "smooth_kernel<true>(" in smoothed and smoothed.endswith("\tcooperative")
+    assert "round_kernel(" in rounded and rounded.endswith(f"\t3,1,1\t128,1,1\t0\t{0x1234}\t\t0")
+    assert "smooth_kernel<true>(" in smoothed and smoothed.endswith("\tcooperative\t0")
     assert library.cuda_host_take_launches() == b""
 
 

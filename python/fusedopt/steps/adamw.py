@@ -74,8 +74,7 @@ def adamw_step(
     _options.same_length(**lists)
     name = backends.choose(OPERATION, backend, params)
     on_device = name in backends.GPU
-    if stream is not None and not on_device:
-        raise ValueError(f"stream is {stream!r}, but backend {name!r} has none")
+    _check_stream(stream, name)
     options: dict[str, Any] = {
         "lr": _options.number_per_tensor("lr", lr, len(params), on_device),
         "weight_decay": _options.number_per_tensor(
@@ -124,14 +123,15 @@ def param_groups_step(
     """
     scale, found_inf, skip = _loss_scale(grad_scale, found_inf, on_device=True)
     try:
-        while missing := _add_groups(plan, scale, found_inf, param_groups, state):
+        if missing := _add_groups(plan, scale, found_inf, param_groups, state):
             for group, params in missing:
                 init_state(group, params)
+            if _add_groups(plan, scale, found_inf, param_groups, state):
+                raise RuntimeError("init_state left parameters without the state that they need")
         plan.check()
         if not skip:
-            updated = plan.updated()
-            _arrays.bump_tensor_versions(updated)
-            _launch(plan, updated, None, found_inf)
+            _arrays.bump_tensor_versions(plan.updated())
+            _launch(plan, None, found_inf)
     finally:
         plan.clear()
 
@@ -164,14 +164,15 @@ def _add_groups(
     return missing
 
 
-def _launch(plan: _C.AdamWPlan, params: Sequence[Any], stream: int | None, found_inf: Any) -> None:
+def _launch(plan: _C.AdamWPlan, stream: int | None, found_inf: Any) -> None:
     """Everything that the plan holds: GPUs first, since a launch there may fail."""
     for gpu in plan.gpus():
+        like = plan.first_on(gpu)
         chosen = plan.current_stream(gpu) if stream is None else stream
         if chosen is None:
-            chosen = _gpu.current_stream(gpu, params[0])
+            chosen = _gpu.current_stream(gpu, like)
         size = plan.workspace_bytes(gpu)
-        memory = _gpu.workspace(size, gpu, stream) if size else None
+        memory = _gpu.workspace(size, gpu, like, stream) if size else None
         plan.launch_gpu(gpu, chosen, memory.data_ptr() if size else 0)
     if not (plan.rows_on_cpu() and _is_set(found_inf)):
         plan.launch(get_num_threads())
@@ -226,6 +227,16 @@ def _is_set(found_inf: Any) -> bool:
     return found_inf is not None and float(found_inf) != 0.0
 
 
+def _check_stream(stream: Any, backend: str) -> None:
+    if stream is None:
+        return
+    if isinstance(stream, bool) or not isinstance(stream, int):
+        raise TypeError(f"stream is {stream!r}, expected the address of a CUDA stream as an int")
+    if stream < 0 or backend not in backends.GPU:
+        wanted = ">= 0" if backend in backends.GPU else f"None: backend {backend!r} has no streams"
+        raise ValueError(f"stream is {stream!r}, expected {wanted}")
+
+
 def _check_device(plan: _C.AdamWPlan, backend: str) -> None:
     gpu = bool(plan.gpus())
     if backend == "cpu" and gpu:
@@ -244,7 +255,7 @@ def _launch_kernels(
 ) -> None:
     written = [array for name, arrays in lists.items() if name != "grads" for array in arrays]
     _arrays.bump_versions(written)
-    _launch(plan, lists["params"], stream, None)
+    _launch(plan, stream, None)
 
 
 def _launch_reference(
