@@ -2,9 +2,11 @@
 
     python tests/run.py [arguments for pytest]
 
-Suites that need a process of their own (an interpreter switch, a sanitizer) get a row in SUITES.
+Suites that need a process of their own (an interpreter switch, a sanitizer) get a row in suites().
+Fails too if a kernel of csrc/cuda was not executed.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -13,10 +15,24 @@ import time
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
+from cuda_host import build as shim
+from cuda_host import fake_gpu
+from kernel_budget import BUDGET, shortened
+
 ROOT = Path(__file__).resolve().parent.parent
-SUITES: list[tuple[str, list[str], dict[str, str]]] = [
-    ("package and CPU kernels", ["tests", "-n2", "--dist=worksteal"], {}),
-]
+PARALLEL = ["-n2", "--dist=worksteal"]
+ON_A_GPU = [f"tests/test_{name}.py" for name in ("adamw", "optim_adamw", "layouts", "adamw_on_gpus")]
+
+
+def suites() -> list[tuple[str, list[str], dict[str, str]]]:
+    """(name, pytest's arguments, environment) of each process."""
+    fake_gpu.build_module("address")  # here, where the compiler runs without ASan
+    sanitized = {**shim.sanitizer_env(), "FUSEDOPT_FAKE_GPU": "address", "PYTHONMALLOC": "malloc"}
+    return [
+        ("package, CPU kernels, compiled CUDA kernels", ["tests", *PARALLEL], {}),
+        ("CUDA kernels on a fake GPU", [*ON_A_GPU, *PARALLEL], {"FUSEDOPT_FAKE_GPU": "plain"}),
+        ("some of it under ASan and UBSan", [*ON_A_GPU[2:], "-p", "no:cacheprovider"], sanitized),
+    ]
 
 
 def run(name: str, arguments: list[str], env: dict[str, str]) -> tuple[dict[str, int], int]:
@@ -36,15 +52,31 @@ def run(name: str, arguments: list[str], env: dict[str, str]) -> tuple[dict[str,
     return counts, status
 
 
+def kernels_missing(log: Path) -> list[str]:
+    """Prints the CUDA kernels that have run, and returns those that have not."""
+    lines = log.read_text().splitlines() if log.exists() else []
+    executed = {shortened(line) for line in lines}
+    [wanted, *_] = json.loads(BUDGET.read_text()).values()
+    missing = sorted(wanted.keys() - executed)
+    print(f"--- kernels executed: {len(wanted) - len(missing)} of {len(wanted)}")
+    for name in sorted(wanted):
+        print(f"{'MISSING ' if name in missing else ''}{name}")
+    return missing
+
+
 def main() -> int:
     start = time.monotonic()
     total = {"tests": 0, "failures": 0, "errors": 0, "skipped": 0}
     worst = 0
-    for suite in SUITES:
-        counts, status = run(*suite)
-        worst = max(worst, status)
-        for key, count in counts.items():
-            total[key] += count
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder, "kernels")
+        for name, arguments, env in suites():
+            counts, status = run(name, arguments, {**env, "CUDA_HOST_KERNEL_LOG": str(log)})
+            worst = max(worst, status)
+            for key, count in counts.items():
+                total[key] += count
+        if kernels_missing(log) and not sys.argv[1:]:  # a selection may leave some out
+            worst = max(worst, 1)
     failed = total["failures"] + total["errors"]
     passed = total["tests"] - failed - total["skipped"]
     print(f"--- all suites, {time.monotonic() - start:.0f} s")

@@ -105,6 +105,7 @@ class AdamWPlan {
     scalars_.clear();
     names_.clear();
     numbers_.clear();
+    grad_scale_ = found_inf_ = Number();
     updated_.clear();
     held_.clear();
     for (AdamWGpuRows& gpu : gpus_) gpu.clear();

@@ -128,6 +128,23 @@ def kernels_instantiated(library: Path, names: Iterable[str]) -> set[str]:
     return {name for name in demangled if function.search(name) and "::{lambda" not in name}
 
 
+def wheels() -> list[Path]:
+    """The folders of PyPI's nvidia-cuda-* wheels in this environment, each like a toolkit's."""
+    package = importlib.util.find_spec("nvidia")
+    folders = package.submodule_search_locations if package else None
+    return [root for folder in folders or [] for root in sorted(Path(folder).iterdir())]
+
+
+@functools.cache
+def tool(name: str) -> str:
+    """A program of the toolkit (nvcc, nvdisasm): on PATH, or in PyPI's wheels."""
+    found = [shutil.which(name), *(shutil.which(name, path=root / "bin") for root in wheels())]
+    for path in found:
+        if path:
+            return path
+    raise RuntimeError(f"no {name} here: install CUDA's toolkit, or PyPI's nvidia-cuda-{name}")
+
+
 @functools.cache
 def toolkit_include() -> list[Path]:
     """Where the CUDA headers are: with nvcc, or in PyPI's wheels in this environment."""
@@ -138,9 +155,7 @@ def toolkit_include() -> list[Path]:
         said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
         roots = [Path(top) for top in re.findall(r"^#\$ TOP=(.*)$", said, re.MULTILINE)]
     else:
-        wheels = importlib.util.find_spec("nvidia")
-        folders = wheels.submodule_search_locations if wheels else None
-        roots = [root for folder in folders or [] for root in sorted(Path(folder).iterdir())]
+        roots = wheels()
     headers = ("include/cuda_runtime.h", "include/crt/host_defines.h", "include/cccl/nv/target")
     found = [root / Path(h).parts[0] for root in roots for h in headers if (root / h).exists()]
     if not any((path / "cuda_runtime.h").exists() for path in found):

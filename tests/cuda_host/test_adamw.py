@@ -7,7 +7,6 @@ import itertools
 import mmap
 import os
 import re
-import shutil
 import subprocess
 import sys
 
@@ -436,69 +435,3 @@ def test_again_under_asan_and_ubsan():
         [*command, "-k", chosen, __file__], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-
-
-# ---- what nvcc makes of it
-
-
-def nvcc(arch, *flags):
-    """Compiles adamw.cu for one GPU; what the compiler says."""
-    command = ["nvcc", "-std=c++17", "-O3", "--fmad=false", f"-I{shim.CSRC}", f"-arch=sm_{arch}"]
-    command += [*flags, str(SOURCES[0])]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return done.stdout + done.stderr
-
-
-needs_nvcc = pytest.mark.skipif(
-    SANITIZE is not None or not shutil.which("nvcc"), reason="no nvcc on PATH"
-)
-
-
-@needs_nvcc
-@pytest.mark.parametrize("arch", [80, 90])
-def test_registers(arch, tmp_path):
-    said = nvcc(arch, "-Xptxas", "-v", "-cubin", "-o", str(tmp_path / "adamw.cubin"))
-    kernels = re.findall(
-        r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
-        r"(\d+) bytes spill loads.*?Used (\d+) registers",
-        said,
-        re.DOTALL,
-    )
-    assert "warning" not in said and len(kernels) == 13
-    for name, stack, stores, loads, registers in kernels:
-        assert (stack, stores, loads) == ("0", "0", "0"), name
-        assert int(registers) <= register_limit(name), name
-
-
-def register_limit(name):
-    formats = codecs(name) if "18elementwise_kernel" in name else []
-    if "Float64" in formats or "any_elementwise_kernel" in name:
-        return 128
-    return 64 if set(formats) <= {"Float32"} else 72
-
-
-@needs_nvcc
-def test_accesses_have_16_bytes(tmp_path):
-    """In every vector body: as many 16-byte loads and stores as the elements in flight make up."""
-    ptx = tmp_path / "adamw.ptx"
-    nvcc(80, "-ptx", "-o", str(ptx))
-    bodies = re.findall(r"\.entry (\w*18elementwise_kernel\w*)\((.*?)\n\}", ptx.read_text(), re.S)
-    assert len(bodies) == 9
-    sizes = {"Float32": 4, "Float64": 8, "BFloat16": 2, "Float16": 2}
-    for name, body in bodies:
-        roles = [sizes[codec] for codec in codecs(name)]
-        elements = 4 if roles[0] == 8 else 8
-        loads = [elements * size // 16 for size in roles]
-        stores = [loads[0], *loads[2:]]
-        # all roles aligned, with and without maxima; only some aligned
-        assert body.count("ld.global.cs.v4") == 3 * sum(loads) - loads[-1], name
-        assert body.count("st.global.cs.v4") == 3 * sum(stores) - stores[-1], name
-        assert "ld.local" not in body and "st.local" not in body, name
-
-
-def codecs(mangled):
-    """The five roles' codecs, from a kernel's mangled name."""
-    demangled = subprocess.run(["c++filt", mangled], capture_output=True, text=True).stdout
-    return [
-        name.split("::")[-1] for name in re.search(r"Format<([^>]*)>", demangled)[1].split(", ")
-    ]
