@@ -15,7 +15,7 @@ DEVICES = ["cpu", *([] if where.FAKE else [pytest.param("cuda", marks=pytest.mar
 
 @pytest.fixture(scope="module", params=DEVICES)
 def device(request):
-    """The device of the test's tensors: this process' own, and a real GPU's under the marker gpu."""
+    """The device of the test's tensors: this process' own; a real GPU under the marker gpu."""
     where.device = request.param
     yield request.param
     where.device = "cpu"

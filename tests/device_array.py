@@ -1,4 +1,4 @@
-"""An array on a GPU that has nothing but DLPack, as CuPy's and JAX's: for NumPy arrays on a fake GPU (see where.py)."""
+"""NumPy's memory as an array on a fake GPU (see where.py) that has nothing but DLPack."""
 
 import ctypes
 

@@ -1,9 +1,9 @@
-"""What nvcc makes of every kernel in csrc/cuda, for each architecture: registers, spills and 128-bit accesses.
+"""What nvcc makes of every kernel in csrc/cuda: registers, spills and 128-bit accesses.
 
     python tests/kernel_budget.py --write    accepts what is measured now as the budget
 
-The budget is tests/data/kernel_budget.json; test_kernel_budget.py holds kernels to it. No GPU is needed: the compiler
-is the machine's nvcc, or that of PyPI's wheels.
+The budget is tests/data/kernel_budget.json; test_kernel_budget.py holds kernels to it, for each
+architecture. No GPU is needed: the compiler is the machine's nvcc, or that of PyPI's wheels.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ def measure(sources: list[Path] = SOURCES) -> dict[str, Kernels]:
     jobs = [(source, arch) for arch in ARCHS for source in sources]
     result: dict[str, Kernels] = {f"sm_{arch}": {} for arch in ARCHS}
     with ThreadPoolExecutor(2) as pool:
-        for (_, arch), kernels in zip(jobs, pool.map(lambda job: _compile(*job), jobs), strict=True):
+        for (_, arch), kernels in zip(
+            jobs, pool.map(lambda job: _compile(*job), jobs), strict=True
+        ):
             result[f"sm_{arch}"].update(kernels)
     return result
 

@@ -15,13 +15,16 @@ import time
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
+from kernel_budget import BUDGET, shortened
+
 from cuda_host import build as shim
 from cuda_host import fake_gpu
-from kernel_budget import BUDGET, shortened
 
 ROOT = Path(__file__).resolve().parent.parent
 PARALLEL = ["-n2", "--dist=worksteal"]
-ON_A_GPU = [f"tests/test_{name}.py" for name in ("adamw", "optim_adamw", "layouts", "adamw_on_gpus")]
+ON_A_GPU = [
+    f"tests/test_{name}.py" for name in ("adamw", "optim_adamw", "layouts", "adamw_on_gpus")
+]
 
 
 def suites() -> list[tuple[str, list[str], dict[str, str]]]:

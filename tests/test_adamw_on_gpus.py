@@ -1,10 +1,9 @@
-"""AdamW on a GPU, and on several: the CPU's bits, the right device and stream, and nothing that waits.
+"""AdamW on one fake GPU and on several: the CPU's bits, device and stream, nothing that waits.
 
-The tests up to the last heading run on fake GPUs (FUSEDOPT_FAKE_GPU, see where.py); the others need real ones.
+FUSEDOPT_FAKE_GPU says whether there are any, see where.py; test_gpu.py is for real ones.
 """
 
 import contextlib
-import copy
 import subprocess
 import sys
 
@@ -49,7 +48,11 @@ def copies(arrays):
 
 
 def equal(ours, theirs):
-    return all(torch.equal(a, b) for x, y in zip(ours, theirs, strict=True) for a, b in zip(x, y))
+    return all(
+        torch.equal(a, b)
+        for x, y in zip(ours, theirs, strict=True)
+        for a, b in zip(x, y, strict=True)
+    )
 
 
 def on_the_cpu(arrays, **options):
@@ -170,7 +173,7 @@ def test_counters_move_to_the_gpu_for_found_inf(two_gpus):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             torch.Tensor, "to",
-            lambda x, *a, **k: next((m for c, m in zip(counters, moved) if c is x), None)
+            lambda x, *a, **k: next((m for c, m in zip(counters, moved, strict=True) if c is x), None)
             if any(c is x for c in counters) else to(x, *a, **k),
         )  # fmt: skip
         optimizer.step()
@@ -223,7 +226,11 @@ def test_a_number_on_the_device_is_no_beta():
     ("options", "error", "message"),
     [
         ({"lr": torch.ones(2)}, ValueError, "lr has 2 numbers"),
-        ({"step": [torch.zeros(1).bfloat16()] * 6}, TypeError, r"step\[0\] .*a step counter is float32"),
+        (
+            {"step": [torch.zeros(1).bfloat16()] * 6},
+            TypeError,
+            r"step\[0\] .*a step counter is float32",
+        ),
         ({"found_inf": torch.zeros(3)}, ValueError, "found_inf .*found_inf has one element"),
         ({"stream": "fast"}, TypeError, "stream is 'fast'"),
         ({"stream": -1}, ValueError, "stream is -1"),
@@ -301,14 +308,20 @@ def test_a_list_lies_on_one_device(two_gpus):
     for role in arrays:
         fake_gpu.place(role[3], 1)
     before = copies(arrays)
-    with pytest.raises(ValueError, match=r"params\[3\] .* is on cuda:1, but params\[0\] is on cuda:0"):
+    with pytest.raises(
+        ValueError, match=r"params\[3\] .* is on cuda:1, but params\[0\] is on cuda:0"
+    ):
         fusedopt.adamw_step(*arrays, step=1)
     fake_gpu.place(arrays[1][0], 1)
-    with pytest.raises(ValueError, match=r"grads\[0\] .* is on cuda:1, but params\[0\] is on cuda:0"):
+    with pytest.raises(
+        ValueError, match=r"grads\[0\] .* is on cuda:1, but params\[0\] is on cuda:0"
+    ):
         fusedopt.adamw_step(*arrays, step=1)
     elsewhere = fake_gpu.place(torch.tensor([1.0]), 1)
     fine = [role[1:2] for role in arrays]
-    with pytest.raises(ValueError, match=r"step\[0\] is on cuda:1, but params\[0\] .* is on cuda:0"):
+    with pytest.raises(
+        ValueError, match=r"step\[0\] is on cuda:1, but params\[0\] .* is on cuda:0"
+    ):
         fusedopt.adamw_step(*fine, step=[elsewhere])
     with pytest.raises(ValueError, match=r"lr .* is on cuda:1, but the arrays are on cuda:0"):
         fusedopt.adamw_step(*fine, step=1, lr=[elsewhere])
@@ -381,9 +394,7 @@ def test_overlap_is_looked_for_on_each_device(two_gpus):
         fusedopt.adamw_step(*arrays, step=1)
     counter = torch.zeros(2)
     with pytest.raises(ValueError, match=r"(step|params).*shares memory with (step|params)\[0\]"):
-        fusedopt.adamw_step(
-            [counter], *([torch.zeros(2)] for _ in range(3)), step=[counter[:1]]
-        )
+        fusedopt.adamw_step([counter], *([torch.zeros(2)] for _ in range(3)), step=[counter[:1]])
 
 
 # ---- what goes wrong
@@ -398,7 +409,9 @@ def test_a_launch_that_fails_says_where(monkeypatch):
     optimizer.step()
     steps = float(optimizer.state[params[0]]["step"])
     monkeypatch.setenv("CUDA_HOST_FAIL", "1")
-    with pytest.raises(RuntimeError, match=r"launch on cuda:0 \(sm_90\) failed: no kernel image.*80-real"):
+    with pytest.raises(
+        RuntimeError, match=r"launch on cuda:0 \(sm_90\) failed: no kernel image.*80-real"
+    ):
         optimizer.step()
     assert steps == float(optimizer.state[params[0]]["step"]) == 1.0
     monkeypatch.delenv("CUDA_HOST_FAIL")
@@ -439,11 +452,13 @@ def test_which_devices_a_build_runs_on(monkeypatch, archs, device, runs):
 
 @pytest.mark.skipif(bool(where.FAKE), reason="about the installed module")
 def test_the_installed_module_says_why_there_is_no_gpu():
-    code = "from fusedopt import _C; print(_C.cuda_devices()); import fusedopt; print(fusedopt.env()['backends']['cuda'])"
-    environment = {"CUDA_VISIBLE_DEVICES": ""}
-    import os
-
-    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True)
-    devices, why = done.stdout.splitlines()
-    assert devices.startswith("([], ")
-    assert "built without CUDA" in why if not _C.built_with_cuda else ("driver" in why or "device" in why)
+    code = "import fusedopt; print(*map(fusedopt.env().get, ('cuda', 'backends')), sep='\\n')"
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    cuda, table = map(ast.literal_eval, done.stdout.splitlines())
+    assert cuda["devices"] == []
+    words = "driver|device" if _C.built_with_cuda else "built without CUDA"
+    assert re.search(words, cuda["error"])
+    assert table["cuda"] == cuda["error"]

@@ -1,10 +1,11 @@
-"""Every kernel, as machine code for every architecture, against tests/data/kernel_budget.json (kernel_budget.py)."""
+"""Every kernel's machine code for every architecture against its budget (kernel_budget.py)."""
 
 import json
 import re
 
 import kernel_budget
 import pytest
+
 from cuda_host import build as shim
 
 BUDGET = json.loads(kernel_budget.BUDGET.read_text())
@@ -88,7 +89,13 @@ def test_the_gate_can_fail():
     good = {"registers": 40, "spills": 0, "local": 0, "loads_128": 8, "stores_128": 6}
     budget = {"sm_90": {"k": good}}
     assert problems({"sm_90": {"k": good}}, budget) == []
-    for bad in ({"registers": 41}, {"spills": 4}, {"local": 1}, {"loads_128": 7}, {"stores_128": 5}):
+    for bad in (
+        {"registers": 41},
+        {"spills": 4},
+        {"local": 1},
+        {"loads_128": 7},
+        {"stores_128": 5},
+    ):
         assert len(problems({"sm_90": {"k": good | bad}}, budget)) == 1
     assert len(problems({"sm_90": {"k": good, "l": good}}, budget)) == 1
     assert len(problems({"sm_90": {}}, budget)) == 1

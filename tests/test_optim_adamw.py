@@ -65,6 +65,7 @@ def check_against_plain(optimizer, param_dtype, state_dtype, steps=50, grad_dtyp
         assert_accurate(got, other, want, key[1], key)
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("options", [{}, OPTIONS], ids=["defaults", "options"])
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -79,6 +80,7 @@ def test_state_dtype(dtype, state_dtype, options):
         assert state["step"].shape == ()
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="torch fixes the dtype")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("grad_dtype", DTYPES, ids=str)
@@ -115,6 +117,7 @@ def bfloat16_run(steps, **kwargs):
     return run_alone(AdamW(params, **OPTIONS, **kwargs), steps)
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("given_again", [False, True])
 def test_state_dtype_survives_a_checkpoint(given_again):
     """torch casts loaded states to the parameter's dtype; the lost bits would not come back."""
@@ -124,12 +127,14 @@ def test_state_dtype_survives_a_checkpoint(given_again):
     assert snapshot(run_alone(loaded, 3, seed=4)) == snapshot(straight)
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
 def test_state_dtype_survives_a_copy(duplicate):
     straight, half = (bfloat16_run(n, state_dtype=torch.float32) for n in (6, 3))
     assert snapshot(run_alone(duplicate(half), 3, seed=4)) == snapshot(straight)
 
 
+@pytest.mark.usefixtures("device")
 def test_torchs_checkpoint_gets_the_state_dtype():
     """A bfloat16 checkpoint continues in float32; every bfloat16 is a float32."""
     source = run_alone(torch_loop(parameters((67,), dtype=torch.bfloat16), **OPTIONS), 3)
@@ -173,10 +178,12 @@ def three_groups():
     ]
 
 
+@pytest.mark.usefixtures("device")
 def test_three_groups_in_one_step():
     Race(AdamW, three_groups, eps=0.1).run(10).check()
 
 
+@pytest.mark.usefixtures("device")
 def test_steps_differ_within_a_list():
     """A group-level step gives late parameters the wrong bias correction (apex #1615)."""
     race = Race(AdamW, lambda: parameters(*[(7,)] * 12), **OPTIONS)
@@ -186,6 +193,7 @@ def test_steps_differ_within_a_list():
     race.check()
 
 
+@pytest.mark.usefixtures("device")
 def test_a_thousand_parameters_of_mixed_dtypes():
     shapes, dtypes = [(1 + i % 13,) for i in range(1000)], (DTYPES * 250)[:1000]
     Race(AdamW, lambda: parameters(*shapes, dtype=dtypes), eps=0.1).run(3).check()
@@ -225,6 +233,7 @@ def train(tensors, groups_of):
     return [entry for optimizer in optimizers for entry in snapshot(optimizer)]
 
 
+@pytest.mark.usefixtures("device")
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.lists(TENSORS, min_size=1, max_size=8), st.integers(1, 3))
 def test_neighbours_and_layouts_change_no_bit(tensors, count):
@@ -518,6 +527,7 @@ def test_bad_arguments(options, message, construct):
 # ---- loss scaling inside the kernel
 
 
+@pytest.mark.usefixtures("device")
 def test_found_inf_stops_everything():
     """Parameters, states and the counts of steps; also in the step that would make the states."""
     optimizer = AdamW(parameters((33,), (4, 5)), fused=True, **OPTIONS)
@@ -532,6 +542,7 @@ def test_found_inf_stops_everything():
         assert before != [bits(p) for p in params_of(optimizer)]
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_grad_scale(dtype):
     """A power of two scales without rounding: not one bit differs, and gradients are only read."""

@@ -1,8 +1,8 @@
-"""Where the tests' tensors lie: on the CPU, on a fake GPU (FUSEDOPT_FAKE_GPU=plain or address), or on a real one.
+"""Where the tests' tensors lie: on the CPU, on a fake GPU, or on a real one.
 
-On a fake GPU torch sees CPU tensors, and only the extension module takes their memory for a GPU's (see
-cuda_host/fake_gpu.py): there, everything that runs on the CPU runs unchanged. Tests that take the fixture `device` run
-once more on a real GPU, under the marker `gpu`.
+FUSEDOPT_FAKE_GPU=plain or address makes torch's CPU memory count as a GPU's: torch sees CPU tensors,
+only the extension module is told otherwise (cuda_host/fake_gpu.py), so that suites run unchanged.
+Tests that take the fixture `device` run once more on a real GPU, under the marker `gpu`.
 """
 
 import os

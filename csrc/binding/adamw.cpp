@@ -81,8 +81,7 @@ class AdamWPlan {
   }
   void launch_gpu(int32_t gpu, uintptr_t stream, uintptr_t workspace) {
     const AdamWGpuRows& rows = gpu_rows({dlpack::kCuda, gpu});
-    rows.launch(loss_scale_on(rows.device), reinterpret_cast<void*>(workspace),
-                reinterpret_cast<cudaStream_t>(stream));
+    rows.launch(loss_scale_on(rows.device), reinterpret_cast<void*>(workspace), reinterpret_cast<cudaStream_t>(stream));
   }
   // Counts the step on the host and updates everything added on the CPU. Nothing can fail any more.
   void launch(int threads) {
@@ -159,7 +158,7 @@ class AdamWPlan {
   Number grad_scale_, found_inf_;
   double inv_grad_scale_ = 1;  // 0: on a GPU, and not read yet
   std::deque<ArgNames> names_;
-  std::deque<Number> numbers_;  // and their copies on other GPUs, alive until the launch is over
+  std::deque<Number> numbers_;      // and their copies on other GPUs, alive until the launch is over
   std::vector<py::object> held_;    // gradients, alive until the launch is over
   std::vector<PyObject*> updated_;  // borrowed from the groups' lists
   SecondOwners owners_;
@@ -223,7 +222,8 @@ void AdamWPlan::add_gpu_row(const Operand* operands, const ArgNames* names, int6
   if (step.device.type && !step.counter.data && found_inf_.on_gpu())
     throw py::value_error(names->of(kCounter, index).str() +
                           " is on the CPU, but found_inf on a GPU: a counter on the CPU would have to wait for it; "
-                          "keep the counter on " + device_string(device));
+                          "keep the counter on " +
+                          device_string(device));
   AdamWGpuRows& gpu = gpu_rows(device);
   if (!gpu.first) gpu.first = operands[0].object;
   const cuda::AdamWDeviceOptions own = {options.numbers, options.lr->on(device, reader_),
@@ -242,8 +242,7 @@ void AdamWPlan::add_row(Operand* operands, const ArgNames* names, int64_t index,
   }
   check_dtypes(operands, *names, index);
   const dlpack::Device device = operands[0].view.device;
-  if (__builtin_expect(device.type == dlpack::kCuda, false))
-    return add_gpu_row(operands, names, index, options, step);
+  if (__builtin_expect(device.type == dlpack::kCuda, false)) return add_gpu_row(operands, names, index, options, step);
   if (__builtin_expect(step.counter.data != nullptr, false))
     throw py::value_error(names->of(kCounter, index).str() + " is on " + device_string(step.device) + ", but " +
                           describe(names->of(0, index), operands[0].object) + " is on the CPU");
@@ -283,8 +282,8 @@ void AdamWPlan::add_lists(const py::sequence& params, const py::sequence& grads,
       held_.push_back(objects[role]);
     }
     const Step t = listed ? read_step(PyList_GET_ITEM(step.ptr(), i), &names, int64_t(i)) : common;
-    Options options = options_of(rates[rates.size() > 1 ? i : 0], decays[decays.size() > 1 ? i : 0], beta1, beta2, eps,
-                                 maximize);
+    Options options =
+        options_of(rates[rates.size() > 1 ? i : 0], decays[decays.size() > 1 ? i : 0], beta1, beta2, eps, maximize);
     add_row(operands, &names, int64_t(i), options, t);
     if (i == 0) device = operands[0].view.device;
     if (!(operands[0].view.device == device))
@@ -304,8 +303,8 @@ const StateKeys& state_keys() {
   return keys;
 }
 
-// Returns the parameters that have a gradient but no state yet, or whose counter has to follow a found_inf on the GPU but
-// is on the CPU; if there are any, the group must be added anew once they have.
+// Returns the parameters that have a gradient but no state yet, or whose counter has to follow a found_inf on the GPU
+// but is on the CPU; if there are any, the group must be added anew once they have.
 py::list AdamWPlan::add_group(int64_t group, const py::list& params, const py::dict& state, const py::object& lr,
                               const py::object& weight_decay, double beta1, double beta2, double eps, bool amsgrad,
                               bool maximize) {

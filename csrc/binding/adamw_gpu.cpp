@@ -29,9 +29,8 @@ int32_t AdamWGpuRows::index_of(const cuda::AdamWDeviceOptions& options) {
 
 bool AdamWGpuRows::reads_device(const cuda::AdamWLossScale& loss_scale) const {
   return loss_scale.grad_scale.data || loss_scale.found_inf.data ||
-         std::any_of(options_.begin(), options_.end(), [](const cuda::AdamWDeviceOptions& o) {
-           return o.step.data || o.lr.data || o.weight_decay.data;
-         });
+         std::any_of(options_.begin(), options_.end(),
+                     [](const cuda::AdamWDeviceOptions& o) { return o.step.data || o.lr.data || o.weight_decay.data; });
 }
 
 int64_t AdamWGpuRows::workspace_bytes(const cuda::AdamWLossScale& loss_scale) const {

@@ -76,9 +76,8 @@ using Formats = FormatList<AdamWFormat<Float32, Float32, Float32>, AdamWFormat<F
 
 // ---- numbers on the device
 
-__global__ void __launch_bounds__(kThreads)
-    prepare_kernel(const Batch<AdamWDeviceOptions> __grid_constant__ options, AdamWLossScale loss_scale,
-                   Prepared* prepared) {
+__global__ void __launch_bounds__(kThreads) prepare_kernel(const Batch<AdamWDeviceOptions> __grid_constant__ options,
+                                                           AdamWLossScale loss_scale, Prepared* prepared) {
   const int i = blockIdx.x * kThreads + threadIdx.x;
   if (i >= options.size) return;
   const AdamWDeviceOptions& own = options.items[i];

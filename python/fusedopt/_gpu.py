@@ -13,8 +13,8 @@ def current_stream(gpu: int, array: Any) -> int:
     torch = sys.modules.get("torch")
     if torch is None or not isinstance(array, torch.Tensor):
         raise ValueError(
-            f"the arrays on cuda:{gpu} are of type {type(array).__module__}.{type(array).__name__}, "
-            "which does not tell its current stream; pass stream=, the address of a CUDA stream"
+            f"the arrays on cuda:{gpu} are {type(array).__module__}.{type(array).__name__}, which "
+            "does not tell its current stream; pass stream=, the address of a CUDA stream"
         )
     return int(torch.cuda.current_stream(gpu).cuda_stream)
 
@@ -35,8 +35,8 @@ def workspace(size: int, gpu: int, array: Any, stream: int | None) -> Any:
     torch = sys.modules.get("torch")
     if torch is None:
         raise RuntimeError(
-            f"numbers that lie on cuda:{gpu} (step, lr, weight_decay, grad_scale or found_inf) need "
-            "memory beside the arrays, which comes from torch; import torch, or pass numbers"
+            f"numbers on cuda:{gpu} (step, lr, weight_decay, grad_scale or found_inf) need memory "
+            "beside the arrays, which comes from torch; import torch, or pass numbers"
         )
     device = array.device if isinstance(array, torch.Tensor) else torch.device("cuda", gpu)
     if stream is None or device.type != "cuda":

@@ -26,9 +26,10 @@ struct Architecture {
 constexpr int kKilobyte = 1024;
 constexpr int kReservedShared = 1 * kKilobyte;  // per block, by the system
 constexpr Architecture kArchitectures[] = {
-    {75, 1024, 16, 64 * kKilobyte, 64 * kKilobyte},    {80, 2048, 32, 164 * kKilobyte, 163 * kKilobyte},  {86, 1536, 16, 100 * kKilobyte, 99 * kKilobyte},
-    {89, 1536, 24, 100 * kKilobyte, 99 * kKilobyte},   {90, 2048, 32, 228 * kKilobyte, 227 * kKilobyte},
-    {100, 2048, 32, 228 * kKilobyte, 227 * kKilobyte}, {120, 1536, 24, 100 * kKilobyte, 99 * kKilobyte},
+    {75, 1024, 16, 64 * kKilobyte, 64 * kKilobyte},   {80, 2048, 32, 164 * kKilobyte, 163 * kKilobyte},
+    {86, 1536, 16, 100 * kKilobyte, 99 * kKilobyte},  {89, 1536, 24, 100 * kKilobyte, 99 * kKilobyte},
+    {90, 2048, 32, 228 * kKilobyte, 227 * kKilobyte}, {100, 2048, 32, 228 * kKilobyte, 227 * kKilobyte},
+    {120, 1536, 24, 100 * kKilobyte, 99 * kKilobyte},
 };
 constexpr int kSharedWithoutOptIn = 48 * kKilobyte;
 constexpr int kThreadsPerBlock = 1024;

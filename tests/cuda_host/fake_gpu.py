@@ -1,11 +1,12 @@
-"""fusedopt on a fake GPU: the whole extension module with its .cu files run on the CPU, and torch's CPU memory counting
-as the memory of GPUs.
+"""fusedopt on a fake GPU: the whole extension module with its .cu files run on the CPU.
 
-    fake_gpu.install()             before fusedopt is imported; CUDA_HOST_DEVICES says how many GPUs there are
+torch's CPU memory counts as the memory of GPUs.
+
+    fake_gpu.install()             before fusedopt is imported; CUDA_HOST_DEVICES: how many GPUs
     with fake_gpu.on_host(): ...   torch's memory is the CPU's again, in the same process
 
-Python still sees CPU tensors: only the module is told another device. So code that asks a tensor for its device must
-get along with either, and what torch itself does on a GPU is for the tests marked `gpu`.
+Python still sees CPU tensors: only the module is told another device. So code that asks a tensor for
+its device must get along with either; what torch itself does on a GPU is for tests marked `gpu`.
 """
 
 from __future__ import annotations

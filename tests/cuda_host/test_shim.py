@@ -370,7 +370,14 @@ def test_nvcc_takes_the_same_sources(tmp_path):
     together = tmp_path / "kernels.cu"
     together.write_text("".join(f'#include "{path}"\n' for path in KERNELS))
     archs = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in (80, 86, 89, 90, 100, 120)]
-    command = [shim.tool("nvcc"), "-std=c++17", "--fmad=false", f"-I{shim.CSRC}", *archs, "--threads=2"]
+    command = [
+        shim.tool("nvcc"),
+        "-std=c++17",
+        "--fmad=false",
+        f"-I{shim.CSRC}",
+        *archs,
+        "--threads=2",
+    ]
     command += ["-c", str(together), "-o", str(tmp_path / "kernels.o")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

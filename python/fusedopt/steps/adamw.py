@@ -173,7 +173,7 @@ def _launch(plan: _C.AdamWPlan, stream: int | None, found_inf: Any) -> None:
             chosen = _gpu.current_stream(gpu, like)
         size = plan.workspace_bytes(gpu)
         memory = _gpu.workspace(size, gpu, like, stream) if size else None
-        plan.launch_gpu(gpu, chosen, memory.data_ptr() if size else 0)
+        plan.launch_gpu(gpu, chosen, 0 if memory is None else memory.data_ptr())
     if not (plan.rows_on_cpu() and _is_set(found_inf)):
         plan.launch(get_num_threads())
 
@@ -209,7 +209,7 @@ def _on_device_or_float(name: str, value: Any) -> Any:
 
 
 def _loss_scale(grad_scale: Any, found_inf: Any, on_device: bool) -> tuple[Any, Any, bool]:
-    """``grad_scale`` as a number or an array on a GPU, ``found_inf`` if it is one, whether to skip."""
+    """``grad_scale`` as a number or GPU array, ``found_inf`` if it is one, whether to skip."""
     if grad_scale is None:
         scale: Any = 1.0
     elif on_device and _options.on_gpu("grad_scale", grad_scale):
