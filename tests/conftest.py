@@ -46,12 +46,13 @@ def gpus() -> int:
 
 
 def pytest_collection_modifyitems(config, items):
-    chosen = [item for item in items if not item.get_closest_marker("gpu") or gpus()]
-    left_out = [item for item in items if item not in set(chosen)]
-    config.stash[LEFT_OUT] = len(left_out)
+    other = [item for item in items if item.get_closest_marker("fake_gpu") and not where.FAKE]
+    impossible = [item for item in items if item.get_closest_marker("gpu") and not gpus()]
+    config.stash[LEFT_OUT] = len(impossible)
+    left_out = {*other, *impossible}
     if left_out:
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = chosen
+        config.hook.pytest_deselected(items=list(left_out))
+        items[:] = [item for item in items if item not in left_out]
 
 
 LEFT_OUT = pytest.StashKey[int]()

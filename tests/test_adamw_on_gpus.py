@@ -3,7 +3,10 @@
 FUSEDOPT_FAKE_GPU says whether there are any, see where.py; test_gpu.py is for real ones.
 """
 
+import ast
 import contextlib
+import os
+import re
 import subprocess
 import sys
 
@@ -22,8 +25,7 @@ from optim_helpers import DTYPES, draw, parameters, params_of, set_grads, snapsh
 OPTIONS = {"lr": 0.02, "betas": (0.8, 0.95), "eps": 1e-3, "weight_decay": 0.3}
 SHAPES = [(67,), (4, 5), (1,), (0,), (4097,)]
 
-fake = pytest.mark.skipif(not where.FAKE, reason="for fake GPUs")
-pytestmark = fake if where.FAKE else []
+fake = pytest.mark.fake_gpu
 needs_fma = pytest.mark.skipif("avx2" not in _C.available_isas(), reason="the CPU has no fma")
 
 
@@ -169,13 +171,10 @@ def test_counters_move_to_the_gpu_for_found_inf(two_gpus):
     before = snapshot(optimizer)
     optimizer.found_inf = torch.tensor([1.0])
     moved = [counter.clone() for counter in counters]
-    to = torch.Tensor.to
+    to, copies_of = torch.Tensor.to, {id(c): m for c, m in zip(counters, moved, strict=True)}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            torch.Tensor, "to",
-            lambda x, *a, **k: next((m for c, m in zip(counters, moved, strict=True) if c is x), None)
-            if any(c is x for c in counters) else to(x, *a, **k),
-        )  # fmt: skip
+        copied = lambda x, *a, **k: copies_of.get(id(x)) if id(x) in copies_of else to(x, *a, **k)  # noqa: E731
+        patch.setattr(torch.Tensor, "to", copied)
         optimizer.step()
     assert snapshot(optimizer) == before
     assert all(optimizer.state[p]["step"] is m for p, m in zip(params, moved, strict=True))

@@ -5,8 +5,8 @@ torch's CPU memory counts as the memory of GPUs.
     fake_gpu.install()             before fusedopt is imported; CUDA_HOST_DEVICES: how many GPUs
     with fake_gpu.on_host(): ...   torch's memory is the CPU's again, in the same process
 
-Python still sees CPU tensors: only the module is told another device. So code that asks a tensor for
-its device must get along with either; what torch itself does on a GPU is for tests marked `gpu`.
+Python still sees CPU tensors: only the module is told another device. So code that asks a tensor
+for its device must get along with either; what torch does on a GPU is for tests marked `gpu`.
 """
 
 from __future__ import annotations
