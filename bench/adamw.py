@@ -58,7 +58,10 @@ def _resnet50_shapes() -> list[Shape]:
 
 @dataclass(frozen=True)
 class Workload:
-    """A list of tensors; ``share_state`` where they are large, see the module's docstring."""
+    """A list of tensors; ``share_state`` where they are large, see the module's docstring.
+
+    ``offset``: where in its allocation each tensor begins, in elements.
+    """
 
     detail: str
     shapes: Sequence[Shape]
@@ -66,6 +69,7 @@ class Workload:
     share_state: bool = False
     param_format: torch.memory_format = torch.contiguous_format
     grad_format: torch.memory_format = torch.contiguous_format
+    offset: int = 0
 
 
 @dataclass(frozen=True)
@@ -121,12 +125,11 @@ def _float32(number: float) -> float:
 class Problem:
     """The tensors of one workload in one variant, and the answer after two steps from the start."""
 
-    def __init__(self, workload: Workload, variant: Variant) -> None:
-        self.workload, self.variant = workload, variant
+    def __init__(self, workload: Workload, variant: Variant, device: str = "cpu") -> None:
+        self.workload, self.variant, self.device = workload, variant, device
         self.params = [Parameter(p) for p in self._draw(1, 0.02, workload.param_format)]
         self.grads = self._draw(2, 0.1, workload.grad_format)
-        self.firsts = [torch.zeros_like(p, dtype=variant.state) for p in self.params]
-        self.seconds = [torch.zeros_like(p, dtype=variant.state) for p in self.params]
+        self.firsts, self.seconds = self._zeros(), self._zeros()
         self._start = [p.detach().clone() for p in self.params]
         self._memory = [p.data for p in self.params]
         self._set_grads()
@@ -136,7 +139,19 @@ class Problem:
         """Normal numbers: the same for every layout and, up to rounding, for every dtype."""
         generator = torch.Generator().manual_seed(seed)
         drawn = (torch.randn(shape, generator=generator) for shape in self.workload.shapes)
-        return [d.mul_(scale).to(self.variant.param, memory_format=layout) for d in drawn]
+        to = {"device": self.device, "dtype": self.variant.param, "memory_format": layout}
+        return [self._moved(d.mul_(scale).to(**to)) for d in drawn]
+
+    def _zeros(self) -> list[Tensor]:
+        zeros = (torch.zeros_like(p, dtype=self.variant.state) for p in self.params)
+        return [self._moved(z) for z in zeros]
+
+    def _moved(self, tensor: Tensor) -> Tensor:
+        """The same where the workload wants its tensors to begin."""
+        if not self.workload.offset:
+            return tensor
+        memory = tensor.new_empty(tensor.numel() + self.workload.offset)
+        return memory[self.workload.offset :].view(tensor.shape).copy_(tensor)
 
     def _set_grads(self) -> None:
         for param, grad in zip(self.params, self.grads, strict=True):
@@ -218,22 +233,22 @@ def _share_states(problem: Problem, peer: peers.OptimizerPeer, optimizer: Any) -
     return "" if used else "its own states"
 
 
-def _optimizer(problem: Problem, peer: peers.OptimizerPeer, own: bool = False) -> Contestant:
+def optimizer(problem: Problem, peer: peers.OptimizerPeer, own: bool = False) -> Contestant:
     """``peer`` over the problem's parameters, its answer checked; ``own``: on states of its own."""
-    optimizer = peer.build(problem.params, problem.variant.state, HYPER)
+    made = peer.build(problem.params, problem.variant.state, HYPER)
 
     def states() -> tuple[list[Tensor], list[Tensor]]:
-        kept = [optimizer.state[param] for param in problem.params]
+        kept = [made.state[param] for param in problem.params]
         return [state[peer.first] for state in kept], [state[peer.second] for state in kept]
 
-    wrong = problem.complaint(optimizer.step, states)
+    wrong = problem.complaint(made.step, states)
     if own:
-        return Contestant(peer.name + OWN, optimizer.step, "states where it puts them", wrong)
-    note = _share_states(problem, peer, optimizer) if problem.workload.share_state else ""
-    return Contestant(peer.name, optimizer.step, note, wrong)
+        return Contestant(peer.name + OWN, made.step, "states where it puts them", wrong)
+    note = _share_states(problem, peer, made) if problem.workload.share_state else ""
+    return Contestant(peer.name, made.step, note, wrong)
 
 
-def _functional(problem: Problem) -> Contestant:
+def functional(problem: Problem, backend: str | None = None) -> Contestant:
     """``fusedopt.adamw_step`` on lists that the caller keeps."""
     from fusedopt import adamw_step
 
@@ -246,11 +261,13 @@ def _functional(problem: Problem) -> Contestant:
             problem.firsts,
             problem.seconds,
             step=next(numbers),
+            backend=backend,
             **HYPER,
         )
 
     wrong = problem.complaint(step, lambda: (problem.firsts, problem.seconds))
-    return Contestant("fusedopt.adamw_step", step, wrong=wrong)
+    name = f"fusedopt.adamw_step, {backend}" if backend else "fusedopt.adamw_step"
+    return Contestant(name, step, wrong=wrong)
 
 
 def _floor(problem: Problem, threads: int) -> Contestant:
@@ -264,15 +281,22 @@ def _contestants(
     """All that can run here, and why the others can't."""
     builders: dict[str, Callable[[], Contestant]] = {
         floor.NAME: partial(_floor, problem, threads),
-        **{peer.name: partial(_optimizer, problem, peer) for peer in found},
-        "fusedopt.adamw_step": partial(_functional, problem),
+        **{peer.name: partial(optimizer, problem, peer) for peer in found},
+        "fusedopt.adamw_step": partial(functional, problem),
     }
     if problem.workload.share_state:
         builders |= {
-            peer.name + OWN: partial(_optimizer, problem, peer, own=True)
+            peer.name + OWN: partial(optimizer, problem, peer, own=True)
             for peer in found
             if peer.name in ("fusedopt", "torch fused")
         }
+    return built(builders)
+
+
+def built(
+    builders: dict[str, Callable[[], Contestant]],
+) -> tuple[list[Contestant], dict[str, str]]:
+    """The contestants that could be built, and why the others could not."""
     contestants, not_run = [], {}
     for name, build in builders.items():
         try:

@@ -1,0 +1,98 @@
+"""bench/gpu_lab.sh: its dry run, and what it does when steps fail. Speed and GPUs play no part."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from bench.gpu_lab import lab, steps
+
+ROOT = Path(__file__).resolve().parent.parent
+PYTHON = sys.executable
+
+
+def python(code):
+    return [PYTHON, "-c", code]
+
+
+def test_dry_run_goes_through_every_step(tmp_path):
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    done = subprocess.run(
+        [ROOT / "bench" / "gpu_lab.sh", "--dry-run", "--out", tmp_path],
+        env={**environment, "PYTHON": PYTHON}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = json.loads((tmp_path / "gpu_lab.json").read_text())
+    assert {s["name"]: s["status"] for s in record["steps"]} == dict.fromkeys(
+        ["machine", "build", "tests", "graph", "adamw", "memcheck", "racecheck"], "ok"
+    )
+    assert record["versions"]["torch"] != "missing" and record["gpu"]["before"]["name"] == "dry run"
+    assert len(record["adamw"]["cases"]) == 18 and not record["adamw"]["left_out"]
+    for case in record["adamw"]["cases"]:
+        rows = {row["name"]: row for row in case["rows"]}
+        assert {"copy", "fusedopt", "fusedopt.adamw_step"} <= rows.keys()
+        assert all(row["median_ms"] > 0 and row["wall_ms"] > 0 for row in rows.values())
+        assert not rows["fusedopt"]["wrong"]
+    assert all(goal["value"] is not None for goal in record["adamw"]["goals"])
+    assert "every step did well" in done.stdout
+
+
+def test_a_failed_step_is_named_and_the_others_run(tmp_path):
+    outcomes = steps.run_all(
+        [
+            steps.Step("good", python("print('fine')"), 20),
+            steps.Step("bad", python("print('why it broke'); raise SystemExit(3)"), 20),
+            steps.Step("missing", ["no-such-program"], 20),
+            steps.Step("after", lambda limit: python(f"print('limit', {limit:.0f})"), 20),
+        ],
+        tmp_path / "log",
+        say=lambda line: None,
+    )
+    assert [o.status for o in outcomes] == ["ok", "failed", "failed", "ok"]
+    assert "why it broke" in outcomes[1].tail and "no-such-program" in outcomes[2].tail
+    assert outcomes[3].limit > 70  # with the time that the others left over
+    log = (tmp_path / "log").read_text()
+    assert "fine" in log and "limit" in log
+    record = {"gpu": {"before": {}}, "adamw": None, "dry_run": False}
+    text = lab.summary(record, outcomes)
+    assert "FAILED: bad, missing" in text and "nothing was measured" in text
+
+
+def test_a_step_out_of_time_is_ended_with_its_children(tmp_path):
+    marker = tmp_path / "survivor"
+    child = f"import time, pathlib; time.sleep(3); pathlib.Path({str(marker)!r}).touch()"
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    start = time.monotonic()
+    step = steps.Step("slow", python(code), 1)
+    (outcome,) = steps.run_all([step], tmp_path / "log", say=lambda line: None)
+    assert outcome.status == "timed out" and time.monotonic() - start < 3
+    time.sleep(3)
+    assert not marker.exists()
+
+
+def test_real_commands(tmp_path):
+    """What can't run here is at least what was meant."""
+    plan = {step.name: step for step in lab.plan(tmp_path, False, {"compute_cap": "9.0"})}
+    assert sum(step.seconds for step in plan.values()) <= 8 * 60
+    assert plan["build"].env["CMAKE_ARGS"].endswith("-DFUSEDOPT_CUDA_ARCHS=90")
+    assert {"--no-build-isolation", "--no-index"} <= set(plan["build"].command)
+    assert " -m pytest -q tests " in " ".join(plan["tests"].command)
+    assert " -m gpu" in " ".join(plan["tests"].command)
+    for tool in ("memcheck", "racecheck"):
+        assert plan[tool].command[1:3] == ["--tool", tool]
+        assert "--error-exitcode" in plan[tool].command
+    assert plan["adamw"].command(100.0)[-4:] == ["--seconds", "85", "--out", str(tmp_path)]
+
+
+def test_without_a_gpu_it_says_so(tmp_path):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    step = next(s for s in lab.plan(tmp_path, False, lab.gpu(False)) if s.name == "machine")
+    (outcome,) = steps.run_all([step], tmp_path / "log", say=lambda line: None)
+    assert outcome.status == "failed" and "torch finds no GPU" in outcome.tail
