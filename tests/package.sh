@@ -33,4 +33,6 @@ if objdump -p "$module" | grep NEEDED | grep -v -e 'libc\.so' -e ld-linux; then 
 size=$(stat -c %s "$wheel")
 test "$size" -lt 5000000
 test -f "$work/wheel/fusedopt/py.typed"
+test -f "$work/wheel/fusedopt/triton_kernels/adamw.py"
+test ! -e "$work/wheel/triton_kernels"  # that name is another project's
 echo "wheel: $(basename "$wheel"), $size bytes, one exported symbol, links only libc"

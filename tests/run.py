@@ -21,6 +21,7 @@ from cuda_host import build as shim
 from cuda_host import fake_gpu
 
 ROOT = Path(__file__).resolve().parent.parent
+INTERPRETED = "tests/test_triton_adamw.py"
 PARALLEL = ["-n2", "--dist=worksteal"]
 ON_A_GPU = [
     f"tests/test_{name}.py" for name in ("adamw", "optim_adamw", "layouts", "adamw_on_gpus")
@@ -32,7 +33,12 @@ def suites() -> list[tuple[str, list[str], dict[str, str]]]:
     fake_gpu.build_module("address")  # here, where the compiler runs without ASan
     sanitized = {**shim.sanitizer_env(), "FUSEDOPT_FAKE_GPU": "address", "PYTHONMALLOC": "malloc"}
     return [
-        ("package, CPU kernels, compiled CUDA kernels", ["tests", *PARALLEL], {}),
+        (
+            "package, CPU kernels, compiled CUDA kernels",
+            ["tests", *PARALLEL, f"--ignore={INTERPRETED}"],
+            {},
+        ),
+        ("Triton's interpreter", [INTERPRETED, *PARALLEL], {"TRITON_INTERPRET": "1"}),
         ("CUDA kernels on a fake GPU", [*ON_A_GPU, *PARALLEL], {"FUSEDOPT_FAKE_GPU": "plain"}),
         ("some of it under ASan and UBSan", [*ON_A_GPU[2:], "-p", "no:cacheprovider"], sanitized),
     ]

@@ -8,6 +8,7 @@
 
 #include "binding/adamw_gpu.h"
 #include "binding/numbers.h"
+#include "binding/packed.h"
 #include "binding/param_groups.h"
 #include "binding/step_counters.h"
 #include "binding/table.h"
@@ -91,6 +92,16 @@ class AdamWPlan {
     cpu::launch_adamw(table, scalars_.data(), threads);
   }
   int64_t rows_on_cpu() const { return builder_.table().size; }
+  // For launches from Python: rows, layouts and numbers as arrays. On the CPU it counts the step, as launch() does.
+  py::tuple packed_on_cpu() {
+    counters_.commit();
+    const TensorTable table = builder_.table();
+    return py::make_tuple(packed_rows(table), packed_layouts(table), packed_scalars(scalars_));
+  }
+  py::tuple packed(int32_t gpu) {
+    const AdamWGpuRows& rows = gpu_rows({dlpack::kCuda, gpu});
+    return rows.packed(loss_scale_on(rows.device));
+  }
   // The parameters of all groups added that have a gradient.
   py::list updated() const {
     py::list params(updated_.size());
@@ -384,6 +395,8 @@ void bind_adamw(py::module_& module) {
       .def("rows_on_cpu", &AdamWPlan::rows_on_cpu)
       .def("current_stream", &AdamWPlan::current_stream, "gpu"_a)
       .def("workspace_bytes", &AdamWPlan::workspace_bytes, "gpu"_a)
+      .def("packed", &AdamWPlan::packed, "gpu"_a)
+      .def("packed_on_cpu", &AdamWPlan::packed_on_cpu)
       .def("launch_gpu", &AdamWPlan::launch_gpu, "gpu"_a, "stream"_a, "workspace"_a)
       .def("launch", &AdamWPlan::launch, "threads"_a)
       .def("clear", &AdamWPlan::clear);

@@ -4,6 +4,7 @@
 
 #include "binding/gpu.h"
 #include "binding/numbers.h"
+#include "binding/packed.h"
 
 namespace fusedopt {
 namespace {
@@ -11,6 +12,11 @@ namespace {
 bool equal(const cuda::AdamWDeviceOptions& a, const cuda::AdamWDeviceOptions& b) {
   return a.step.data == b.step.data && a.host_step == b.host_step && a.lr.data == b.lr.data &&
          a.weight_decay.data == b.weight_decay.data && a.options == b.options;
+}
+
+void add_number(PackedWords& words, const cuda::DeviceNumber& number) {
+  words.add(int64_t(reinterpret_cast<uintptr_t>(number.data)));
+  words.add(int64_t(number.dtype));
 }
 
 }  // namespace
@@ -48,10 +54,35 @@ void AdamWGpuRows::launch(const cuda::AdamWLossScale& loss_scale, void* workspac
                                            int64_t(counters_.size()), loss_scale, workspace, stream);
     });
   }
+  const std::vector<AdamWScalars<double>> scalars = host_scalars(loss_scale);
+  launch_on_gpu(device.id, [&] { return cuda::launch_adamw(rows, scalars.data(), stream); });
+}
+
+std::vector<AdamWScalars<double>> AdamWGpuRows::host_scalars(const cuda::AdamWLossScale& loss_scale) const {
   std::vector<AdamWScalars<double>> scalars;
   for (const cuda::AdamWDeviceOptions& o : options_)
     scalars.push_back(generic::adamw_scalars(o.options, o.host_step, loss_scale.inv_grad_scale));
-  launch_on_gpu(device.id, [&] { return cuda::launch_adamw(rows, scalars.data(), stream); });
+  return scalars;
+}
+
+py::tuple AdamWGpuRows::packed(const cuda::AdamWLossScale& loss_scale) const {
+  const TensorTable rows = table.table();
+  const auto row_words = packed_rows(rows), layout_words = packed_layouts(rows);
+  if (!reads_device(loss_scale))
+    return py::make_tuple(row_words, layout_words, packed_scalars(host_scalars(loss_scale)));
+  PackedWords options, counters, scale;
+  for (const cuda::AdamWDeviceOptions& o : options_) {
+    for (const double x : {o.options.lr, o.options.beta1, o.options.beta2, o.options.eps, o.options.weight_decay})
+      options.add(x);
+    options.add(int64_t(o.options.maximize));
+    options.add(o.host_step);
+    for (const cuda::DeviceNumber& number : {o.lr, o.weight_decay, o.step}) add_number(options, number);
+  }
+  for (const cuda::DeviceNumber& counter : counters_) add_number(counters, counter);
+  scale.add(loss_scale.inv_grad_scale);
+  add_number(scale, loss_scale.grad_scale);
+  add_number(scale, loss_scale.found_inf);
+  return py::make_tuple(row_words, layout_words, options.array(), counters.array(), scale.array());
 }
 
 }  // namespace fusedopt

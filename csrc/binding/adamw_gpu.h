@@ -19,6 +19,9 @@ class AdamWGpuRows {
   int64_t workspace_bytes(const cuda::AdamWLossScale& loss_scale) const;
   // Throws RuntimeError naming the device and what was built for if the launch fails.
   void launch(const cuda::AdamWLossScale& loss_scale, void* workspace, cudaStream_t stream) const;
+  // For a launch from Python: (rows, layouts, scalars) where all numbers come from the host, else (rows, layouts,
+  // options, counters, loss scale) in the words of triton_kernels/adamw.py.
+  py::tuple packed(const cuda::AdamWLossScale& loss_scale) const;
 
   const dlpack::Device device;
   TableBuilder table;
@@ -26,6 +29,7 @@ class AdamWGpuRows {
 
  private:
   bool reads_device(const cuda::AdamWLossScale& loss_scale) const;
+  std::vector<AdamWScalars<double>> host_scalars(const cuda::AdamWLossScale& loss_scale) const;
 
   std::vector<cuda::AdamWDeviceOptions> options_;
   std::vector<cuda::DeviceNumber> counters_;

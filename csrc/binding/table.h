@@ -55,7 +55,7 @@ class TableBuilder {
   int roles_;
   unsigned writes_;
   std::vector<TensorRow> rows_;
-  std::vector<int64_t> starts_, layouts_;
+  std::vector<int64_t> starts_ = {0}, layouts_;
   std::vector<Counter> counters_;
   std::vector<Source> row_sources_, counter_sources_;
   OverlapGuard guard_;

@@ -5,6 +5,8 @@ knows any of them by name.
 """
 
 import functools
+import importlib.util
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -48,8 +50,24 @@ def why_missing(backend: str) -> str:
         architectures, _, why = cuda_devices()
         return why or why_no_kernel(architectures)
     if backend == "triton":
-        return "this version has no Triton kernels yet"
+        return _why_no_triton()
     return ""
+
+
+def triton_is_interpreted() -> bool:
+    """Whether Triton kernels run in its interpreter, on the CPU (``TRITON_INTERPRET=1``)."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+
+
+def _why_no_triton() -> str:
+    for package in ("triton", "torch"):
+        if importlib.util.find_spec(package) is None:
+            return f"{package} is not installed: pip install fusedopt[triton]"
+    if triton_is_interpreted():
+        return ""
+    import torch
+
+    return "" if torch.cuda.is_available() else "torch finds no GPU"
 
 
 def why_no_kernel(architectures: Sequence[int]) -> str:

@@ -164,18 +164,38 @@ def _add_groups(
     return missing
 
 
-def _launch(plan: _C.AdamWPlan, stream: int | None, found_inf: Any) -> None:
-    """Everything that the plan holds: GPUs first, since a launch there may fail."""
+def _launch(
+    plan: _C.AdamWPlan, stream: int | None, found_inf: Any, backend: str | None = None
+) -> None:
+    """Everything that the plan holds: GPUs first, since a launch there may fail.
+
+    Args:
+        backend: on GPUs; ``None`` asks the table of defaults.
+    """
     for gpu in plan.gpus():
+        if (backend or backends.gpu_default("adamw_step", gpu)) == "triton":
+            _launch_triton_on(gpu, plan, stream)
+            continue
         like = plan.first_on(gpu)
-        chosen = plan.current_stream(gpu) if stream is None else stream
-        if chosen is None:
-            chosen = _gpu.current_stream(gpu, like)
+        chosen = _stream(gpu, plan, stream)
         size = plan.workspace_bytes(gpu)
         memory = _gpu.workspace(size, gpu, like, stream) if size else None
         plan.launch_gpu(gpu, chosen, 0 if memory is None else memory.data_ptr())
     if not (plan.rows_on_cpu() and _is_set(found_inf)):
         plan.launch(get_num_threads())
+
+
+def _launch_triton_on(gpu: int, plan: _C.AdamWPlan, stream: int | None) -> None:
+    from fusedopt.triton_kernels import adamw as kernels
+
+    kernels.launch(*plan.packed(gpu), gpu=gpu, stream=_stream(gpu, plan, stream))
+
+
+def _stream(gpu: int, plan: _C.AdamWPlan, stream: int | None) -> int:
+    """The stream asked for, or the one that the arrays' library works on now."""
+    if stream is None:
+        stream = plan.current_stream(gpu)
+    return _gpu.current_stream(gpu, plan.first_on(gpu)) if stream is None else stream
 
 
 def _plan() -> _C.AdamWPlan:
@@ -241,8 +261,9 @@ def _check_device(plan: _C.AdamWPlan, backend: str) -> None:
     gpu = bool(plan.gpus())
     if backend == "cpu" and gpu:
         raise ValueError("params[0] is on a GPU, but backend 'cpu' takes arrays on the CPU")
-    if backend == "cuda" and plan.rows_on_cpu():
-        raise ValueError("params[0] is on the CPU, but backend 'cuda' takes arrays on a GPU")
+    on_gpu = backend == "cuda" or (backend == "triton" and not backends.triton_is_interpreted())
+    if on_gpu and plan.rows_on_cpu():
+        raise ValueError(f"params[0] is on the CPU, but backend {backend!r} takes arrays on a GPU")
 
 
 def _launch_kernels(
@@ -255,7 +276,25 @@ def _launch_kernels(
 ) -> None:
     written = [array for name, arrays in lists.items() if name != "grads" for array in arrays]
     _arrays.bump_versions(written)
-    _launch(plan, stream, None)
+    _launch(plan, stream, None, "cuda")
+
+
+def _launch_triton(
+    plan: _C.AdamWPlan,
+    lists: dict[str, Sequence[Any]],
+    step: Any,
+    scale: Any,
+    options: dict[str, Any],
+    stream: int | None,
+) -> None:
+    from fusedopt.triton_kernels import adamw as kernels
+
+    written = [array for name, arrays in lists.items() if name != "grads" for array in arrays]
+    _arrays.bump_versions(written)
+    for gpu in plan.gpus():
+        _launch_triton_on(gpu, plan, stream)
+    if not plan.gpus():  # in the interpreter
+        kernels.launch(*plan.packed_on_cpu())
 
 
 def _launch_reference(
@@ -296,7 +335,12 @@ def _one_or_all(numbers: list[float]) -> float | list[float]:
 OPERATION = backends.register(
     backends.Operation(
         "adamw_step",
-        {"cpu": _launch_kernels, "cuda": _launch_kernels, "reference": _launch_reference},
+        {
+            "cpu": _launch_kernels,
+            "cuda": _launch_kernels,
+            "triton": _launch_triton,
+            "reference": _launch_reference,
+        },
         DTYPES,
     )
 )

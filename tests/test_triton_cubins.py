@@ -1,0 +1,115 @@
+"""Triton kernels compiled ahead of time: resources, widths of accesses, and roundings."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+
+pytest.importorskip("triton")
+
+from fusedopt import backends
+
+if backends.triton_is_interpreted():
+    pytest.skip("kernels are not compiled in the interpreter", allow_module_level=True)
+
+import triton
+import triton_cubins as cubins
+
+BUDGET = json.loads(cubins.BUDGET.read_text())
+KERNELS = cubins.adamw_kernels() | cubins.small_kernels()
+BYTES = (4, 8, 2, 2)
+SLACK = 12  # registers that another version of Triton may take beside those measured
+
+
+def test_budget_names_every_kernel():
+    assert BUDGET["kernels"].keys() == KERNELS.keys()
+    assert all(
+        set(a) == {f"sm_{arch}" for arch in cubins.ARCHS} for a in BUDGET["kernels"].values()
+    )
+
+
+@pytest.mark.parametrize("arch", cubins.ARCHS, ids="sm_{}".format)
+@pytest.mark.parametrize("name", KERNELS)
+def test_resources(name, arch):
+    found = cubins.resources(cubins.compile_for(arch, *KERNELS[name]))
+    allowed = BUDGET["kernels"][name][f"sm_{arch}"]
+    slack = 0 if triton.__version__ == BUDGET["triton"] else SLACK
+    assert found["stack"] == found["local"] == 0, found
+    assert found["registers"] <= allowed["registers"] + slack, (found, allowed)
+    if name.startswith("adamw fp32, vector"):
+        assert found["registers"] <= 64
+    assert (found["loads_128"], found["stores_128"]) == (
+        allowed["loads_128"],
+        allowed["stores_128"],
+    )
+
+
+@pytest.mark.parametrize("format_name", cubins.FORMATS)
+def test_every_role_is_accessed_by_16_bytes(format_name):
+    """The budget can't have been written from a kernel with narrow accesses."""
+    roles = [BYTES[dtype] for dtype in cubins.FORMATS[format_name] if dtype >= 0]
+    for row in BUDGET["kernels"][f"adamw {format_name}, vector"].values():
+        each = 4 if roles[0] == 8 else 8  # elements of a thread
+        wide = [size * each // 16 for size in roles]
+        assert row["loads_128"] == sum(wide)
+        assert row["stores_128"] == sum(wide) - wide[1]  # not the gradient
+
+
+def instructions(compiled):
+    operations = r"^\s*(?:@\S+\s+)?((?:fma|add|sub|mul|div|sqrt|rcp|rsqrt|cvt)\.\S*f(?:32|64)\S*)\s"
+    return Counter(re.findall(operations, compiled.asm["ptx"], flags=re.MULTILINE))
+
+
+@pytest.mark.parametrize("format_name", cubins.FORMATS)
+def test_roundings(format_name):
+    """Fusions only where the formula has them; all round to nearest and keep subnormals."""
+    kernel = cubins.compile_for(90, *KERNELS[f"adamw {format_name}, vector"])
+    found = instructions(kernel)
+    bad = [op for op in found if re.search(r"\.(ftz|approx|full|rz|rm|rp|sat)\b", op)]
+    assert not bad
+    elements = (4 if format_name == "fp64" else 8) + 1  # a thread's, and one at the ends
+    kind = "f64" if format_name == "fp64" else "f32"
+    assert (
+        found[f"fma.rn.{kind}"] == 5 * elements
+    )  # two moments, difference, denominator, parameter
+    assert found[f"div.rn.{kind}"] == found[f"sqrt.rn.{kind}"] == elements
+    assert found[f"mul.rn.{kind}"] + found[f"mul.{kind}"] == 4 * elements
+
+
+def test_prepare_kernel_fuses_nothing():
+    """Dekker's product would be another one with an fma in it."""
+    found = instructions(cubins.compile_for(90, *KERNELS["prepare"]))
+    assert not [op for op in found if op.startswith("fma") or ".approx" in op or ".ftz" in op]
+
+
+def test_counts_do_not_specialise_kernels():
+    """A size divisible by 16, or a lone block, must not compile another kernel."""
+    from fusedopt.triton_kernels import _numbers, adamw
+
+    for kernel in (adamw.adamw_kernel, adamw.prepare_kernel, _numbers.increment_kernel):
+        for parameter in kernel.params:
+            if parameter.name.endswith("_at"):
+                assert parameter.do_not_specialize, parameter.name
+
+
+def test_import_needs_no_triton():
+    """The package itself imports neither triton nor torch; what needs triton says so."""
+    code = (
+        "import sys, importlib.util as u\n"
+        "assert u.find_spec('triton_kernels') is None\n"  # that name is another project's
+        "find = u.find_spec\n"
+        "u.find_spec = lambda name, *a: None if name == 'triton' else find(name, *a)\n"
+        "import fusedopt, fusedopt.triton_kernels\n"
+        "assert not {'triton', 'torch'} & set(sys.modules)\n"
+        "print(fusedopt.env()['backends']['triton'])"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True,
+        env=environment, cwd="/",
+    )  # fmt: skip
+    assert done.stdout.strip() == "triton is not installed: pip install fusedopt[triton]"
