@@ -1,5 +1,6 @@
 """Float64 NumPy references under the names of the functional steps: pure, returning new arrays."""
 
 from fusedopt.references.adamw import AdamWResult, adamw_step
+from fusedopt.references.blockwise_adam import BlockwiseAdamResult, blockwise_adam_step
 
-__all__ = ["AdamWResult", "adamw_step"]
+__all__ = ["AdamWResult", "BlockwiseAdamResult", "adamw_step", "blockwise_adam_step"]

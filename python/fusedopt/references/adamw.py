@@ -1,12 +1,12 @@
 """AdamW in float64 NumPy: what every backend is tested against."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-Array = NDArray[Any]
+from fusedopt.references._shared import Array, descend, each, like, reals
 
 
 class AdamWResult(NamedTuple):
@@ -42,23 +42,22 @@ def adamw_step(
     Source: Loshchilov & Hutter, arXiv:1711.05101, in the form of ``torch.optim.AdamW``.
     """
     count = len(params)
-    steps, rates, decays = (_each(x, count) for x in (step, lr, weight_decay))
-    maxima = [None] * count if max_exp_avg_sqs is None else [_reals(u) for u in max_exp_avg_sqs]
+    steps, rates, decays = (each(x, count) for x in (step, lr, weight_decay))
+    maxima = [None] * count if max_exp_avg_sqs is None else [reals(u) for u in max_exp_avg_sqs]
     sign = (-1.0 if maximize else 1.0) / (grad_scale or 1.0)
     result = AdamWResult([], [], [], None if max_exp_avg_sqs is None else [])
     for i in range(count):
-        p, g, m, v = (_reals(x[i]) for x in (params, grads, exp_avgs, exp_avg_sqs))
+        p, g, m, v = (reals(x[i]) for x in (params, grads, exp_avgs, exp_avg_sqs))
         u = maxima[i]
         if not found_inf:
             p, m, v, u = _update(
                 p, sign * g, m, v, u, int(steps[i]), rates[i], betas, eps, decays[i]
             )
-        like = np.asarray(params[i])
-        result.params.append(_like(p, like))
-        result.exp_avgs.append(_like(m, like))
-        result.exp_avg_sqs.append(_like(v, like))
+        result.params.append(like(p, params[i]))
+        result.exp_avgs.append(like(m, params[i]))
+        result.exp_avg_sqs.append(like(v, params[i]))
         if result.max_exp_avg_sqs is not None and u is not None:
-            result.max_exp_avg_sqs.append(_like(u, like))
+            result.max_exp_avg_sqs.append(like(u, params[i]))
     return result
 
 
@@ -78,22 +77,5 @@ def _update(
     m = beta1 * m + (1 - beta1) * g
     v = beta2 * v + (1 - beta2) * g * g
     u = None if u is None else np.maximum(u, v)
-    root = np.sqrt(v if u is None else u) / np.sqrt(1 - beta2**step)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        p = p * (1 - lr * weight_decay) - lr / (1 - beta1**step) * m / (root + eps)
+    p = descend(p, m, v if u is None else u, step, lr, betas, eps, weight_decay)
     return p, m, v, u
-
-
-def _each(value: Any, count: int) -> list[Any]:
-    return list(value) if np.ndim(value) else [value] * count
-
-
-def _reals(array: ArrayLike) -> NDArray[np.float64]:
-    values = np.asarray(array)
-    if values.dtype.kind == "c":
-        return np.stack([values.real, values.imag], axis=-1).astype(np.float64)
-    return values.astype(np.float64)
-
-
-def _like(reals: Array, array: Array) -> Array:
-    return reals[..., 0] + 1j * reals[..., 1] if array.dtype.kind == "c" else reals
