@@ -24,12 +24,16 @@ def compile_object(source: str, out: Path, *flags: str) -> str:
 @x86_only
 def test_avx512_source_gives_the_bits_of_avx2(tmp_path: Path) -> None:
     """The AVX-512 kernels, with their few intrinsics spelled out lane by lane, against AVX2's."""
-    kernel, twin = "csrc/cpu/adamw.cpp", str(ROOT / "tests/isa/avx512_twin.h")
+    kernels = ["adamw", "blockwise_adam", "kernels"]
+    twin = str(ROOT / "tests/isa/avx512_twin.h")
     wide = ["-include", twin, "-DFUSEDOPT_TARGET=avx512", "-DFUSEDOPT_PACK_BYTES=64"]
     narrow = ["-DFUSEDOPT_TARGET=avx2", "-DFUSEDOPT_PACK_BYTES=32"]
     objects = [
-        compile_object(kernel, tmp_path / "avx512.o", *AVX2, *wide),
-        compile_object(kernel, tmp_path / "avx2.o", *AVX2, *narrow),
+        compile_object(f"csrc/cpu/{name}.cpp", tmp_path / f"{name}-{isa}.o", *AVX2, *flags)
+        for isa, flags in (("avx512", wide), ("avx2", narrow))
+        for name in kernels
+    ]
+    objects += [
         compile_object("tests/isa/compare.cpp", tmp_path / "compare.o"),
     ]
     subprocess.run(["c++", *objects, "-o", str(tmp_path / "compare")], check=True)

@@ -112,6 +112,7 @@ void ArrayReader::adopt(const dlpack::Tensor& tensor, bool read_only, PyObject* 
   view->ndim = tensor.ndim;
   view->dtype = element->dtype;
   view->read_only = read_only;
+  view->complex = element->complex;
   view->device = tensor.device;
   if (__builtin_expect(element->complex, false)) {
     std::vector<int64_t> shape(view->shape, view->shape + view->ndim), strides(view->ndim + 1, 1);

@@ -21,6 +21,7 @@ struct ArrayView {  // borrowed from the array; complex numbers appear as a last
   int32_t ndim;
   DType dtype;
   bool read_only;
+  bool complex;  // of the array itself
   dlpack::Device device;
 
   int64_t numel() const {

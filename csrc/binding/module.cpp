@@ -4,6 +4,7 @@
 
 #include "binding/adamw.h"
 #include "binding/arrays.h"
+#include "binding/blockwise_adam.h"
 #include "binding/gpu.h"
 #include "cpu/isa.h"
 
@@ -61,4 +62,5 @@ PYBIND11_MODULE(_C, module) {
   module.def("available_isas", &available_isas);
   module.def("set_isa", &set_isa, py::arg("name"));
   fusedopt::bind_adamw(module);
+  fusedopt::bind_blockwise_adam(module);
 }

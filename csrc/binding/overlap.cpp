@@ -25,6 +25,7 @@ Extent extent_of(const TensorTable& table, int64_t r, int role, bool written) {
   const TensorRow& row = table.rows[r];
   const auto base = reinterpret_cast<uintptr_t>(row.data[role]);
   const int64_t bytes = size_of(row.dtype[role]);
+  if (table.per_block(role)) return {base, base + table.blocks[r].count * bytes, r, role, written, false};
   if (row.layout == kFlat) return {base, base + row.numel * bytes, r, role, written, false};
   const RowLayout layout(table.layouts + row.layout);
   int64_t low = 0, high = 0;
@@ -92,6 +93,8 @@ void OverlapGuard::remember(const TensorTable& table, const std::vector<Counter>
   rows_.assign(table.rows, table.rows + table.size);
   layouts_.assign(table.layouts, table.layouts + table.layouts_size);
   counters_ = counters;
+  block_counts_.clear();
+  for (int64_t r = 0; table.blocks && r < table.size; ++r) block_counts_.push_back(table.blocks[r].count);
   written_.clear();
   std::copy_if(sorted.begin(), sorted.end(), std::back_inserter(written_), [](const Extent& e) { return e.written; });
 }
@@ -105,6 +108,7 @@ bool OverlapGuard::same_but_for_reads(const TensorTable& table, unsigned writes,
   for (int64_t r = 0; r < table.size; ++r) {
     const TensorRow &now = table.rows[r], &then = rows_[r];
     if (now.numel != then.numel || now.layout != then.layout) return false;
+    if (table.blocks && table.blocks[r].count != block_counts_[r]) return false;
     for (int role = 0; role < table.roles; ++role)
       if (is_written(writes, role) && (now.data[role] != then.data[role] || now.dtype[role] != then.dtype[role]))
         return false;

@@ -38,7 +38,7 @@ class OverlapGuard {
   void remember(const TensorTable& table, const std::vector<Counter>& counters, const std::vector<Extent>& sorted);
 
   std::vector<TensorRow> rows_;
-  std::vector<int64_t> layouts_;
+  std::vector<int64_t> layouts_, block_counts_;
   std::vector<Counter> counters_;
   std::vector<Extent> written_;  // sorted
 };

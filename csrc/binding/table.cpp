@@ -57,13 +57,18 @@ void TableBuilder::clear() {
   rows_.clear();
   starts_.assign(1, 0);
   layouts_.clear();
+  blocks_.clear();
+  regions_.clear();
   counters_.clear();
   row_sources_.clear();
   counter_sources_.clear();
 }
 
 TensorTable TableBuilder::table() const {
-  return {rows_.data(), starts_.data(), layouts_.data(), int64_t(layouts_.size()), int64_t(rows_.size()), roles_};
+  TensorTable table = {rows_.data(),          starts_.data(), layouts_.data(), int64_t(layouts_.size()),
+                       int64_t(rows_.size()), roles_};
+  if (per_block_ >= 0) table.blocks = blocks_.data(), table.regions = regions_.data();
+  return table;
 }
 
 void TableBuilder::check(const Operand* operands, const ArgNames& names, int64_t index) const {
@@ -76,17 +81,30 @@ void TableBuilder::check(const Operand* operands, const ArgNames& names, int64_t
       refuse(operand, names.of(role, index),
              "is on " + device_string(view.device) + ", but " + names.of(0, index).str() + " is on " +
                  device_string(param.device));
-    if (!same_shape(view, param))
+    if (role != per_block_ && !same_shape(view, param))
       refuse(operand, names.of(role, index), "shape differs from " + describe(names.of(0, index), operands[0].object));
     if (view.read_only && (writes_ >> role & 1)) refuse(operand, names.of(role, index), "is read-only");
   }
 }
 
-void TableBuilder::add(const Operand* operands, const ArgNames* names, int64_t index, int32_t scalars) {
+void TableBuilder::check_block_values(const Operand* operands, const ArgNames& names, int64_t index,
+                                      const Blocks& blocks) const {
+  const Operand& values = operands[per_block_];
+  if (values.view.numel() != blocks.count)
+    refuse(values, names.of(per_block_, index),
+           "has " + std::to_string(values.view.numel()) + " elements, but its partition makes " +
+               std::to_string(blocks.count) + " blocks of " + describe(names.of(0, index), operands[0].object));
+  if (!values.view.contiguous())
+    refuse(values, names.of(per_block_, index), "has gaps or permuted axes, expected a contiguous array");
+}
+
+void TableBuilder::add(const Operand* operands, const ArgNames* names, int64_t index, int32_t scalars,
+                       const Blocks* blocks, int64_t shared) {
   check(operands, *names, index);
   TensorRow row = {};
   row.numel = operands[0].view.numel();
   if (row.numel == 0) return;
+  if (blocks) check_block_values(operands, *names, index, *blocks);
   bool contiguous = true;
   for (int role = 0; role < roles_; ++role) {
     if (!operands[role].object) continue;
@@ -97,7 +115,19 @@ void TableBuilder::add(const Operand* operands, const ArgNames* names, int64_t i
   for (int role = 0; role < roles_; ++role)
     if (operands[role].object && (!contiguous || row.numel == 1) && operands[role].view.may_be_lazy())
       refuse_lazy(operands[role].object, names->of(role, index));
-  row.layout = contiguous ? kFlat : add_layout(operands, *names, index);
+  const std::vector<BlockRegion>* regions = blocks ? &blocks->regions : nullptr;
+  row.layout = kFlat;
+  if (!contiguous) {
+    own_regions_.clear();
+    row.layout = add_layout(operands, *names, index, blocks, &own_regions_);
+    if (!own_regions_.empty()) regions = &own_regions_;
+  }
+  if (blocks) {
+    const int64_t begin = int64_t(regions_.size());
+    regions_.insert(regions_.end(), regions->begin(), regions->end());
+    if (blocks->global) regions_.back().shared = shared;
+    blocks_.push_back({begin, int64_t(regions_.size()), blocks->count});
+  }
   row.scalars = scalars;
   rows_.push_back(row);
   starts_.push_back(starts_.back() + row.numel);
@@ -105,13 +135,15 @@ void TableBuilder::add(const Operand* operands, const ArgNames* names, int64_t i
 }
 
 // The row's strides, its axes sorted by the parameter's and merged where every role steps through both as through one.
-int64_t TableBuilder::add_layout(const Operand* operands, const ArgNames& names, int64_t index) {
+// Blocks: flat, with their regions in memory order, if they have such; else the axes stay in row-major order.
+int64_t TableBuilder::add_layout(const Operand* operands, const ArgNames& names, int64_t index, const Blocks* blocks,
+                                 std::vector<BlockRegion>* regions) {
   const ArrayView& param = operands[0].view;
   std::vector<std::vector<int64_t>> strides(roles_, std::vector<int64_t>(param.ndim, 0));
   bool flat = true;
   std::vector<int32_t> order;
   for (int role = 0; role < roles_; ++role) {
-    if (!operands[role].object) continue;
+    if (!operands[role].object || role == per_block_) continue;
     strides[role] = strides_of(operands[role].view);
     const std::vector<int32_t> axes = axes_by_stride(param, strides[role]);
     const Memory memory = memory_of(param, strides[role], axes);
@@ -123,7 +155,11 @@ int64_t TableBuilder::add_layout(const Operand* operands, const ArgNames& names,
     flat &= memory == Memory::kDense;
     for (const int32_t d : order) flat &= strides[role][d] == strides[0][d];
   }
-  if (flat) return kFlat;
+  if (flat && (!blocks || in_memory_order(*blocks, param.shape, order, regions))) return kFlat;
+  if (blocks) {
+    regions->clear();
+    std::sort(order.begin(), order.end());
+  }
 
   std::vector<int64_t> sizes;
   std::vector<std::vector<int64_t>> merged(roles_);
@@ -150,9 +186,15 @@ void TableBuilder::add_counter(const ArrayView& counter, const ArgNames* names, 
   counter_sources_.push_back({names, index});
 }
 
+void TableBuilder::add_value(const ArrayView& value, const ArgNames* names, int64_t index, int role) {
+  add_counter(value, names, index);
+  counter_sources_.back().role = role;
+}
+
 std::string TableBuilder::name_of(const Extent& extent) const {
-  const Source& source = extent.role == kCounter ? counter_sources_[extent.row] : row_sources_[extent.row];
-  return source.names->of(extent.role, source.index).str();
+  const bool beside = extent.role == kCounter;
+  const Source& source = beside ? counter_sources_[extent.row] : row_sources_[extent.row];
+  return source.names->of(beside ? source.role : extent.role, source.index).str();
 }
 
 void TableBuilder::check_overlap() {

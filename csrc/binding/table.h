@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "binding/arrays.h"
+#include "binding/blocks.h"
 #include "binding/overlap.h"
 #include "common/tensor_table.h"
 
@@ -30,13 +31,19 @@ struct Operand {  // one array in one role; object is nullptr where the row has 
 
 class TableBuilder {
  public:
-  TableBuilder(int roles, unsigned writes) : roles_(roles), writes_(writes) {}
+  // blocks: the last role holds one value per block.
+  TableBuilder(int roles, unsigned writes, bool blocks = false)
+      : roles_(roles), per_block_(blocks ? roles - 1 : -1), writes_(writes) {}
 
   void clear();
   // Adds the row of a parameter (role 0) and of what belongs to it, the index-th of its arguments. Throws if shapes or
   // devices differ or memory can't be written; dtypes are the algorithm's to check. An empty tensor adds nothing.
-  void add(const Operand* operands, const ArgNames* names, int64_t index, int32_t scalars);
+  // `blocks` where rows have them; global ones all join the block that `shared` numbers.
+  void add(const Operand* operands, const ArgNames* names, int64_t index, int32_t scalars,
+           const Blocks* blocks = nullptr, int64_t shared = kOwnBlocks);
   void add_counter(const ArrayView& counter, const ArgNames* names, int64_t index);
+  // A value that is written beside the table: the name of what holds it is that of a role.
+  void add_value(const ArrayView& value, const ArgNames* names, int64_t index, int role);
   // Throws if an array that is written shares memory with another. What passed is remembered.
   void check_overlap();
 
@@ -46,15 +53,20 @@ class TableBuilder {
   struct Source {
     const ArgNames* names;
     int64_t index;
+    int role = kCounter;  // of what lies beside the table
   };
 
   void check(const Operand* operands, const ArgNames& names, int64_t index) const;
-  int64_t add_layout(const Operand* operands, const ArgNames& names, int64_t index);
+  void check_block_values(const Operand* operands, const ArgNames& names, int64_t index, const Blocks& blocks) const;
+  int64_t add_layout(const Operand* operands, const ArgNames& names, int64_t index, const Blocks* blocks,
+                     std::vector<BlockRegion>* regions);
   std::string name_of(const Extent& extent) const;
 
-  int roles_;
+  int roles_, per_block_;
   unsigned writes_;
   std::vector<TensorRow> rows_;
+  std::vector<RowBlocks> blocks_;
+  std::vector<BlockRegion> regions_, own_regions_;
   std::vector<int64_t> starts_ = {0}, layouts_;
   std::vector<Counter> counters_;
   std::vector<Source> row_sources_, counter_sources_;

@@ -4,7 +4,7 @@
 #include "math/adamw.h"
 
 #include "cpu/elementwise.h"
-#include "cpu/kernels.h"
+#include "cpu/entries.h"
 
 namespace fusedopt::FUSEDOPT_TARGET {
 namespace {
@@ -15,6 +15,7 @@ class AdamW {
  public:
   using Role = AdamWRole;
   static constexpr int kRoles = Role::kCount;
+  static constexpr bool kPipelined = true;
   static constexpr unsigned kOptional = 1u << Role::kMaxExpAvgSq;
   static constexpr unsigned kWrites =
       1u << Role::kParam | 1u << Role::kExpAvg | 1u << Role::kExpAvgSq | 1u << Role::kMaxExpAvgSq;
@@ -30,6 +31,8 @@ class AdamW {
   struct Begun {
     Pack<S> exp_avg, root;
   };
+  template <typename S>
+  using Middle = Pack<S>;
 
   template <typename S>
   static FUSEDOPT_INLINE Begun<S> begin(Pack<S> grad, Pack<S>& exp_avg, Pack<S>& exp_avg_sq, Pack<S>& max_exp_avg_sq,
@@ -93,13 +96,10 @@ class AdamW {
   const AdamWScalars<double>& scalars_;
 };
 
-void launch_adamw(const TensorTable& table, const AdamWScalars<double>* scalars, int64_t begin, int64_t end) {
-  run_elements(table, begin, end, [&](const TensorRow& row) { return AdamW(row, scalars[row.scalars]); });
-}
-
 }  // namespace
 
-extern const CpuKernels kernels;
-const CpuKernels kernels = {launch_adamw};
+void adamw_update(const TensorTable& table, const AdamWScalars<double>* scalars, int64_t begin, int64_t end) {
+  run_elements(table, begin, end, [&](const TensorRow& row) { return AdamW(row, scalars[row.scalars]); });
+}
 
 }  // namespace fusedopt::FUSEDOPT_TARGET

@@ -6,7 +6,9 @@
 //   begin(x..., complete, scalars)     the update in three stages, of about the same latency. The first has one pack of
 //   middle(begun, scalars)             every role but the parameter (role 0); complete: optional roles are there. What
 //   finish(param, middle, scalars)     a stage returns goes to the next, the parameter to the last.
-//   Begun<S>                           what begin returns
+//   Begun<S>, Middle<S>                what begin and middle return
+//   kPipelined                         whether the stages have latencies that are worth overlapping; if not,
+//                                      scalars.ahead[role] says how many bytes ahead to ask for memory
 //   run(data, n, next)                 UnitRunner with the codecs of the row's dtypes; false if there is none for them
 //   run_plain(S* const* data, n, next) the same where every role is stored as plain S
 // A flat row whose dtypes have a kernel is handed over as it lies. Any other row (strides that differ between roles,
@@ -100,6 +102,13 @@ class UnitRunner {
     for (int role = 0; role < kRoles; ++role) complete &= data[role] != nullptr;
     complete ? run_roles<true>(scalars, data, n, next) : run_roles<false>(scalars, data, n, next);
   }
+  // The same, with more elements right behind these.
+  static void run(const Algorithm& algorithm, void* const* data, int64_t n) {
+    const Prefetch behind = prefetch_from(data, n);
+    NextRow next = {};
+    for (int role = 0; role < kRoles; ++role) next.data[role] = reinterpret_cast<const void*>(behind.from[role]);
+    run(algorithm, data, n, next);
+  }
 
  private:
   static constexpr int kRoles = Algorithm::kRoles;
@@ -119,7 +128,8 @@ class UnitRunner {
   struct Roles {
     void* data[kRoles];
   };
-  using Begun = typename Algorithm::template Begun<S>[2];
+  using Begun = typename Algorithm::template Begun<S>[2];  // of a unit's two packs
+  using Middle = typename Algorithm::template Middle<S>[2];
   struct Prefetch {
     uintptr_t from[kRoles];
   };
@@ -132,11 +142,36 @@ class UnitRunner {
     for (int role = 0; role < kRoles; ++role) roles.data[role] = data[role];
     Unit<S> last[kRoles];
     if (n % kUnit) compute<kComplete>(k, roles, n - kUnit, last);
-    // Three units under way, a stage apart. In program order each would wait out its root and its division alone, since
-    // a core looks only some 250 instructions ahead.
     const int64_t end = n - n % kUnit;
+    if constexpr (Algorithm::kPipelined)
+      run_pipelined<kComplete>(k, roles, n, end, next);
+    else
+      run_plainly<kComplete>(k, roles, end);
+    if (n % kUnit) store<kComplete>(roles, n - kUnit, last, Indices());
+  }
+
+  template <bool kComplete, typename Scalars>
+  static FUSEDOPT_INLINE void run_plainly(const Scalars& k, const Roles& roles, int64_t end) {
+    Prefetch ahead;
+    for (int role = 0; role < kRoles; ++role)
+      ahead.from[role] = reinterpret_cast<uintptr_t>(roles.data[role]) + k.ahead[role];
+    for (int64_t i = 0; i < end; i += kUnit) {
+      prefetch_all<kComplete>(ahead, i, Indices());
+      Begun begun;
+      Middle middle;
+      begin_and_store<kComplete>(k, roles, i, begun);
+      proceed(k, begun, middle);
+      finish_and_store(k, roles, i, middle);
+    }
+  }
+
+  // Three units under way, a stage apart. In program order each would wait out its root and its division alone, since a
+  // core looks only some 250 instructions ahead.
+  template <bool kComplete, typename Scalars>
+  static FUSEDOPT_INLINE void run_pipelined(const Scalars& k, const Roles& roles, int64_t n, int64_t end,
+                                            const NextRow& next) {
     Begun begun;
-    Unit<S> middle;
+    Middle middle;
     begin_and_store<kComplete>(k, roles, 0, begun);
     if (end > kUnit) {
       proceed(k, begun, middle);
@@ -160,7 +195,6 @@ class UnitRunner {
     }
     proceed(k, begun, middle);
     finish_and_store(k, roles, end - kUnit, middle);
-    if (n % kUnit) store<kComplete>(roles, n - kUnit, last, Indices());
   }
 
   template <typename Pointer>
@@ -194,12 +228,12 @@ class UnitRunner {
   }
 
   template <typename Scalars>
-  static FUSEDOPT_INLINE void proceed(const Scalars& k, const Begun& begun, Unit<S>& middle) {
+  static FUSEDOPT_INLINE void proceed(const Scalars& k, const Begun& begun, Middle& middle) {
     for (int half = 0; half < 2; ++half) middle[half] = Algorithm::middle(begun[half], k);
   }
 
   template <typename Scalars>
-  static FUSEDOPT_INLINE void finish_and_store(const Scalars& k, const Roles& roles, int64_t i, const Unit<S>& middle) {
+  static FUSEDOPT_INLINE void finish_and_store(const Scalars& k, const Roles& roles, int64_t i, const Middle& middle) {
     Unit<S> param;
     finish(k, roles, i, middle, param);
     Param::store(static_cast<typename Param::Stored*>(roles.data[0]) + i, param);
@@ -209,7 +243,7 @@ class UnitRunner {
   template <bool kComplete, typename Scalars>
   static FUSEDOPT_INLINE void compute(const Scalars& k, const Roles& roles, int64_t i, Unit<S> (&x)[kRoles]) {
     Begun begun;
-    Unit<S> middle;
+    Middle middle;
     begin<kComplete>(k, roles, i, x, begun, AllButParam());
     proceed(k, begun, middle);
     finish(k, roles, i, middle, x[0]);
@@ -223,7 +257,7 @@ class UnitRunner {
   }
 
   template <typename Scalars>
-  static FUSEDOPT_INLINE void finish(const Scalars& k, const Roles& roles, int64_t i, const Unit<S>& middle,
+  static FUSEDOPT_INLINE void finish(const Scalars& k, const Roles& roles, int64_t i, const Middle& middle,
                                      Unit<S>& param) {
     Param::load(static_cast<const typename Param::Stored*>(roles.data[0]) + i, param);
     for (int half = 0; half < 2; ++half) Algorithm::finish(param[half], middle[half], k);
@@ -291,15 +325,20 @@ inline void run_row(const Algorithm& algorithm, const TensorTable& table, const 
     run_through_tiles<float>(algorithm, row, layout, begin, end);
 }
 
+// The last row that starts at or before an element.
+inline int64_t row_at(const TensorTable& table, int64_t element) {
+  int64_t low = 0, high = table.size;
+  while (high - low > 1) {
+    const int64_t middle = low + (high - low) / 2;
+    (table.starts[middle] <= element ? low : high) = middle;
+  }
+  return low;
+}
+
 // make(row) builds the algorithm for a row.
 template <typename Make>
 inline void run_elements(const TensorTable& table, int64_t begin, int64_t end, Make make) {
-  int64_t low = 0, high = table.size;  // the last row that starts at or before begin
-  while (high - low > 1) {
-    const int64_t middle = low + (high - low) / 2;
-    (table.starts[middle] <= begin ? low : high) = middle;
-  }
-  for (int64_t r = low; r < table.size && table.starts[r] < end; ++r) {
+  for (int64_t r = row_at(table, begin); r < table.size && table.starts[r] < end; ++r) {
     const TensorRow& row = table.rows[r];
     const int64_t from = begin > table.starts[r] ? begin - table.starts[r] : 0;
     const int64_t to = end < table.starts[r + 1] ? end - table.starts[r] : row.numel;

@@ -6,9 +6,18 @@
 
 namespace fusedopt {
 
+struct BlockSums;
+
+// Ranges [begin, end) are of the table's elements, counted over all its rows; scalars are indexed by
+// TensorRow::scalars.
 struct CpuKernels {
-  // Updates elements [begin, end) of the table, counted over all its rows; scalars are indexed by TensorRow::scalars.
   void (*adamw)(const TensorTable& table, const AdamWScalars<double>* scalars, int64_t begin, int64_t end);
+  // The three passes of cpu/blockwise_adam.cpp; a block belongs to the range in which it begins.
+  void (*blockwise_adam_sums)(const TensorTable& table, const BlockSums& sums, int64_t begin, int64_t end);
+  void (*blockwise_adam_rates)(const TensorTable& table, const AdamWScalars<double>* scalars, const BlockSums& sums,
+                               int64_t first_row, int64_t last_row);
+  void (*blockwise_adam_update)(const TensorTable& table, const AdamWScalars<double>* scalars, const BlockSums& sums,
+                                int64_t begin, int64_t end);
 };
 
 namespace avx512 {

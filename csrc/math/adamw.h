@@ -61,10 +61,15 @@ HOST_DEVICE inline AdamWScalars<double> adamw_scalars(const AdamWOptions& o, int
           from_grad};
 }
 
-template <typename V>  // float, double, or a pack of them; u is left alone without amsgrad
-HOST_DEVICE FUSEDOPT_INLINE void adamw_moments(V g, V& m, V& v, V& u, bool amsgrad, const AdamWScalars<V>& k) {
+template <typename V, typename Scalars>  // V: float, double, or a pack of them
+HOST_DEVICE FUSEDOPT_INLINE void adamw_first_moment(V g, V& m, const Scalars& k) {
   const V difference = fms(k.grad_factor, g, m);
   m = fma(k.lerp_weight, difference, k.lerp_from_grad ? k.grad_factor * g : m);  // so that m = g stays put exactly
+}
+
+template <typename V>  // u is left alone without amsgrad
+HOST_DEVICE FUSEDOPT_INLINE void adamw_moments(V g, V& m, V& v, V& u, bool amsgrad, const AdamWScalars<V>& k) {
+  adamw_first_moment(g, m, k);
   v = fma(k.beta2, v, (k.grad_weight * g) * g);  // in this order: g * g overflows where the product need not
   if (amsgrad) u = maximum(u, v);
 }

@@ -1,4 +1,4 @@
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from numpy.typing import NDArray
@@ -55,5 +55,43 @@ class AdamWPlan:
     def packed(self, gpu: int) -> tuple[NDArray[Any], ...]: ...
     def packed_on_cpu(self) -> tuple[NDArray[Any], ...]: ...
     def launch_gpu(self, gpu: int, stream: int, workspace: int) -> None: ...
+    def launch(self, threads: int) -> None: ...
+    def clear(self) -> None: ...
+
+class BlockwiseAdamPlan:
+    def __init__(
+        self, resolve: Callable[[Any, tuple[int, ...]], Sequence[tuple[int, ...]]]
+    ) -> None: ...
+    def begin(self, grad_scale: float) -> None: ...
+    def add_lists(
+        self,
+        params: Sequence[Any],
+        grads: Sequence[Any],
+        exp_avgs: Sequence[Any],
+        block_sqs: Sequence[Any],
+        partitions: list[Any],
+        step: Any,
+        lr: Sequence[float],
+        weight_decay: Sequence[float],
+        beta1: float,
+        beta2: float,
+        eps: float,
+        maximize: bool,
+    ) -> None: ...
+    def add_group(
+        self,
+        group: int,
+        params: list[Any],
+        state: dict[Any, dict[str, Any]],
+        partitions: list[Any],
+        lr: float,
+        weight_decay: float,
+        beta1: float,
+        beta2: float,
+        eps: float,
+        maximize: bool,
+    ) -> list[Any]: ...
+    def check(self) -> None: ...
+    def updated(self) -> list[Any]: ...
     def launch(self, threads: int) -> None: ...
     def clear(self) -> None: ...

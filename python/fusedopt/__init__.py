@@ -9,17 +9,20 @@ import importlib.metadata
 import os
 from typing import Any
 
-from fusedopt import _C, reference
+from fusedopt import _C, partitions, reference
 from fusedopt._env import env
 from fusedopt._threads import get_num_threads, set_num_threads
 from fusedopt.backends import supports
 from fusedopt.steps.adamw import adamw_step
+from fusedopt.steps.blockwise_adam import blockwise_adam_step
 
 __all__ = [
     "adamw_step",
+    "blockwise_adam_step",
     "env",
     "get_num_threads",
     "optim",
+    "partitions",
     "reference",
     "set_num_threads",
     "supports",

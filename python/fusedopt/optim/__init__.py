@@ -9,5 +9,6 @@ except ImportError as error:
     ) from error
 
 from fusedopt.optim.adamw import AdamW
+from fusedopt.optim.blockwise_adam import BlockwiseAdam
 
-__all__ = ["AdamW"]
+__all__ = ["AdamW", "BlockwiseAdam"]

@@ -1,6 +1,8 @@
 """State tensors of the optimizer classes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,3 +62,37 @@ def dtype_of(param: Tensor, dtype: torch.dtype | None) -> torch.dtype:
     if dtype is None:
         return param.dtype
     return dtype.to_complex() if param.is_complex() else dtype
+
+
+def vectors(
+    counts: Sequence[int], dtype: torch.dtype, device: torch.device, kind: int
+) -> list[Tensor]:
+    """One-dimensional zeros of these lengths; ``kind`` as in ``zeros_like``."""
+    return zeros_like([torch.empty(n, dtype=dtype, device=device) for n in counts], dtype, kind)
+
+
+def check_dtype(state_dtype: Any) -> None:
+    """Raise unless states may have this dtype."""
+    if state_dtype not in (None, torch.float32, torch.bfloat16):
+        raise ValueError(
+            f"state_dtype is {state_dtype!r}, expected torch.float32, torch.bfloat16 or None"
+        )
+
+
+def restore_dtypes(
+    optimizer: torch.optim.Optimizer,
+    state_dict: dict[str, Any],
+    wanted: Callable[[Tensor, dict[str, Any]], dict[str, torch.dtype]],
+) -> None:
+    """After loading ``state_dict``: give states the dtypes they should have, by key.
+
+    torch casts every state to its parameter's dtype; what already has the wanted one keeps its
+    bits.
+    """
+    ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+    owners = [(group, p) for group in optimizer.param_groups for p in group["params"]]
+    for index, (group, p) in zip(ids, owners, strict=True):
+        saved = state_dict["state"].get(index, {})
+        for key, dtype in wanted(p, group).items():
+            if key in saved and optimizer.state[p][key].dtype != dtype:
+                optimizer.state[p][key] = saved[key].to(device=p.device, dtype=dtype, copy=True)

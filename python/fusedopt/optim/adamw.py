@@ -1,7 +1,6 @@
 """AdamW as a drop-in for ``torch.optim.AdamW``."""
 
 from collections.abc import Callable
-from itertools import chain
 from typing import Any
 
 import torch
@@ -94,17 +93,11 @@ class AdamW(torch.optim.AdamW):
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
-        self._restore_state_dtypes(final[0])
-
-    def _restore_state_dtypes(self, state_dict: dict[str, Any]) -> None:
-        ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        owners = [(group, p) for group in self.param_groups for p in group["params"]]
-        for index, (group, p) in zip(ids, owners, strict=True):
-            saved = state_dict["state"].get(index, {})
-            wanted = _state.dtype_of(p, group["state_dtype"])
-            for key in MOMENTS:
-                if key in saved and self.state[p][key].dtype != wanted:
-                    self.state[p][key] = saved[key].to(device=p.device, dtype=wanted, copy=True)
+        _state.restore_dtypes(
+            self,
+            final[0],
+            lambda p, group: dict.fromkeys(MOMENTS, _state.dtype_of(p, group["state_dtype"])),
+        )
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient, on whatever devices they are.
@@ -165,11 +158,7 @@ def _check_graph_capture(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _check_own_options(options: dict[str, Any]) -> None:
-    state_dtype = options.get("state_dtype")
-    if state_dtype not in (None, torch.float32, torch.bfloat16):
-        raise ValueError(
-            f"state_dtype is {state_dtype!r}, expected torch.float32, torch.bfloat16 or None"
-        )
+    _state.check_dtype(options.get("state_dtype"))
     if options.get("differentiable"):
         raise ValueError(
             "differentiable is True, but a fused kernel has no graph to differentiate; "

@@ -1,16 +1,14 @@
 """AdamW as a functional step, and over a torch optimizer's parameter groups."""
 
-import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from fusedopt import _C, _arrays, _gpu, _options, backends
+from fusedopt import _C, _gpu, _options, backends
 from fusedopt._threads import get_num_threads
 from fusedopt.references import adamw as reference
+from fusedopt.steps import _adam
 
 DTYPES = frozenset({"float32", "float64", "bfloat16", "float16", "complex64", "complex128"})
-
-_local = threading.local()
 
 
 def adamw_step(
@@ -74,20 +72,11 @@ def adamw_step(
     _options.same_length(**lists)
     name = backends.choose(OPERATION, backend, params)
     on_device = name in backends.GPU
-    _check_stream(stream, name)
-    options: dict[str, Any] = {
-        "lr": _options.number_per_tensor("lr", lr, len(params), on_device),
-        "weight_decay": _options.number_per_tensor(
-            "weight_decay", weight_decay, len(params), on_device
-        ),
-        "beta1": _beta("betas[0]", betas[0]),
-        "beta2": _beta("betas[1]", betas[1]),
-        "eps": _options.number("eps", eps, 0.0),
-        "maximize": bool(maximize),
-    }
-    scale, found_inf, skip = _loss_scale(grad_scale, found_inf, on_device)
-    step = _step(step, len(params))
-    plan = _plan()
+    _adam.check_stream(stream, name)
+    options = _adam.options(len(params), lr, betas, eps, weight_decay, maximize, on_device)
+    scale, found_inf, skip = _adam.loss_scale(grad_scale, found_inf, on_device)
+    step = _adam.step_of(step, len(params))
+    plan = _adam.thread_plan(_C.AdamWPlan)
     try:
         plan.begin(scale, found_inf, stream, False)
         plan.add_lists(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, step, **options)
@@ -121,47 +110,31 @@ def param_groups_step(
         plan: kept by the optimizer between steps.
         grad_scale, found_inf: as in ``adamw_step``.
     """
-    scale, found_inf, skip = _loss_scale(grad_scale, found_inf, on_device=True)
-    try:
-        if missing := _add_groups(plan, scale, found_inf, param_groups, state):
-            for group, params in missing:
-                init_state(group, params)
-            if _add_groups(plan, scale, found_inf, param_groups, state):
-                raise RuntimeError("init_state left parameters without the state that they need")
-        plan.check()
-        if not skip:
-            _arrays.bump_tensor_versions(plan.updated())
-            _launch(plan, None, found_inf)
-    finally:
-        plan.clear()
+    scale, found_inf, skip = _adam.loss_scale(grad_scale, found_inf, on_device=True)
 
-
-def _add_groups(
-    plan: _C.AdamWPlan,
-    scale: Any,
-    found_inf: Any,
-    param_groups: Iterable[dict[str, Any]],
-    state: dict[Any, dict[str, Any]],
-) -> list[tuple[dict[str, Any], list[Any]]]:
-    plan.begin(scale, found_inf, None, True)
-    missing = []
-    for index, group in enumerate(param_groups):
+    def add_group(index: int, group: dict[str, Any]) -> list[Any]:
         beta1, beta2 = group["betas"]
-        params = plan.add_group(
+        return plan.add_group(
             index,
             group["params"],
             state,
             _on_device_or_float("lr", group["lr"]),
             _on_device_or_float("weight_decay", group["weight_decay"]),
-            _beta("betas[0]", beta1),
-            _beta("betas[1]", beta2),
+            _adam.beta("betas[0]", beta1),
+            _adam.beta("betas[1]", beta2),
             float(group["eps"]),
             bool(group["amsgrad"]),
             bool(group["maximize"]),
         )
-        if params:
-            missing.append((group, params))
-    return missing
+
+    _adam.param_groups_step(
+        plan,
+        param_groups,
+        begin=lambda: plan.begin(scale, found_inf, None, True),
+        add_group=add_group,
+        init_state=init_state,
+        launch=None if skip else lambda: _launch(plan, None, found_inf),
+    )
 
 
 def _launch(
@@ -181,7 +154,7 @@ def _launch(
         size = plan.workspace_bytes(gpu)
         memory = _gpu.workspace(size, gpu, like, stream) if size else None
         plan.launch_gpu(gpu, chosen, 0 if memory is None else memory.data_ptr())
-    if not (plan.rows_on_cpu() and _is_set(found_inf)):
+    if not (plan.rows_on_cpu() and _adam.is_set(found_inf)):
         plan.launch(get_num_threads())
 
 
@@ -198,63 +171,8 @@ def _stream(gpu: int, plan: _C.AdamWPlan, stream: int | None) -> int:
     return _gpu.current_stream(gpu, plan.first_on(gpu)) if stream is None else stream
 
 
-def _plan() -> _C.AdamWPlan:
-    """This thread's plan: it remembers which table passed the overlap check."""
-    plan: _C.AdamWPlan | None = getattr(_local, "plan", None)
-    if plan is None:
-        plan = _local.plan = _C.AdamWPlan()
-    return plan
-
-
-def _step(step: Any, count: int) -> Any:
-    if isinstance(step, bool):
-        raise TypeError(f"step is {step!r}, expected a whole number >= 1 or arrays")
-    if isinstance(step, int) and step < 1:
-        raise ValueError(f"step is {step}, but steps count from 1")
-    if isinstance(step, Sequence) or getattr(step, "ndim", 0) == 1:
-        if len(step) != count:
-            raise ValueError(f"step has {len(step)} counters, expected {count}: one a tensor")
-        return list(step) if isinstance(step, Sequence) else [step[i : i + 1] for i in range(count)]
-    return step
-
-
-def _beta(name: str, beta: Any) -> float:
-    if _options.on_gpu(name, beta):
-        raise ValueError(f"{name} is on a GPU, expected a number or an array on the CPU")
-    return _options.number(name, beta, 0.0, 1.0)
-
-
 def _on_device_or_float(name: str, value: Any) -> Any:
     return value if _options.on_gpu(name, value) else float(value)
-
-
-def _loss_scale(grad_scale: Any, found_inf: Any, on_device: bool) -> tuple[Any, Any, bool]:
-    """``grad_scale`` as a number or GPU array, ``found_inf`` if it is one, whether to skip."""
-    if grad_scale is None:
-        scale: Any = 1.0
-    elif on_device and _options.on_gpu("grad_scale", grad_scale):
-        scale = grad_scale
-    else:
-        scale = _options.number("grad_scale", grad_scale, 0.0)
-        if scale == 0.0:
-            raise ValueError("grad_scale is 0, expected a number > 0")
-    if on_device and found_inf is not None and _options.on_gpu("found_inf", found_inf):
-        return scale, found_inf, False
-    return scale, None, _is_set(found_inf)
-
-
-def _is_set(found_inf: Any) -> bool:
-    return found_inf is not None and float(found_inf) != 0.0
-
-
-def _check_stream(stream: Any, backend: str) -> None:
-    if stream is None:
-        return
-    if isinstance(stream, bool) or not isinstance(stream, int):
-        raise TypeError(f"stream is {stream!r}, expected the address of a CUDA stream as an int")
-    if stream < 0 or backend not in backends.GPU:
-        wanted = ">= 0" if backend in backends.GPU else f"None: backend {backend!r} has no streams"
-        raise ValueError(f"stream is {stream!r}, expected {wanted}")
 
 
 def _check_device(plan: _C.AdamWPlan, backend: str) -> None:
@@ -274,8 +192,7 @@ def _launch_kernels(
     options: dict[str, Any],
     stream: int | None,
 ) -> None:
-    written = [array for name, arrays in lists.items() if name != "grads" for array in arrays]
-    _arrays.bump_versions(written)
+    _adam.bump_written(lists)
     _launch(plan, stream, None, "cuda")
 
 
@@ -289,8 +206,7 @@ def _launch_triton(
 ) -> None:
     from fusedopt.triton_kernels import adamw as kernels
 
-    written = [array for name, arrays in lists.items() if name != "grads" for array in arrays]
-    _arrays.bump_versions(written)
+    _adam.bump_written(lists)
     for gpu in plan.gpus():
         _launch_triton_on(gpu, plan, stream)
     if not plan.gpus():  # in the interpreter
@@ -305,31 +221,7 @@ def _launch_reference(
     options: dict[str, Any],
     stream: int | None,
 ) -> None:
-    counters = [] if isinstance(step, int) else step if isinstance(step, list) else [step]
-    taken = [int(_arrays.to_float64(counter).item()) + 1 for counter in counters]
-    values: dict[str, Any] = {
-        name: [_arrays.to_float64(a) for a in arrays] for name, arrays in lists.items()
-    }
-    result = reference.adamw_step(
-        **values,
-        step=step if isinstance(step, int) else taken if isinstance(step, list) else taken[0],
-        lr=_one_or_all(options["lr"]),
-        betas=(options["beta1"], options["beta2"]),
-        eps=options["eps"],
-        weight_decay=_one_or_all(options["weight_decay"]),
-        maximize=options["maximize"],
-        grad_scale=scale,
-    )
-    for name, arrays in lists.items():
-        if name != "grads":
-            for array, value in zip(arrays, getattr(result, name), strict=True):
-                _arrays.assign(array, value)
-    for counter, number in zip(counters, taken, strict=True):
-        _arrays.assign(counter, number)
-
-
-def _one_or_all(numbers: list[float]) -> float | list[float]:
-    return numbers[0] if len(numbers) == 1 else numbers
+    _adam.launch_reference(reference.adamw_step, lists, step, scale, options)
 
 
 OPERATION = backends.register(

@@ -1,0 +1,48 @@
+// Blocks of coordinates: from a partition, a Python object, to the regions of the tensor table.
+#pragma once
+#include <string>
+#include <vector>
+
+#include "binding/arrays.h"
+#include "common/tensor_table.h"
+
+namespace fusedopt {
+
+struct Blocks {  // of one tensor, defined on its row-major order; regions have no shared block yet
+  std::vector<BlockRegion> regions;
+  int64_t count = 0;
+  bool global = false;  // one block over all tensors of a list or group
+};
+
+// The same blocks in terms of memory, for a tensor whose elements lie there without gaps, its axes in this order (the
+// one with the widest stride first; axes of one element left out). False: they are no regions of that order.
+bool in_memory_order(const Blocks& blocks, const int64_t* shape, const std::vector<int32_t>& axes,
+                     std::vector<BlockRegion>* regions);
+
+bool is_global(PyObject* partition);
+
+// Asks Python for a partition's regions, once for every place in a walk as long as partition and shape stay.
+class BlockResolver {
+ public:
+  explicit BlockResolver(py::object resolve) : resolve_(std::move(resolve)) {}
+
+  void rewind() { next_ = 0; }
+  // Throws what resolve raises, with the parameter's name before it. The result is valid until the next call.
+  const Blocks& next(PyObject* partition, const ArrayView& param, const ArgName& name);
+
+ private:
+  struct Place {
+    py::object partition;
+    std::vector<int64_t> shape;
+    Blocks blocks;
+  };
+
+  static bool fits(const Place& place, PyObject* partition, const ArrayView& param);
+  Place look_up(PyObject* partition, const ArrayView& param, const ArgName& name) const;
+
+  py::object resolve_;
+  std::vector<Place> places_;
+  size_t next_ = 0;
+};
+
+}  // namespace fusedopt

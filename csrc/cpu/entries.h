@@ -1,0 +1,16 @@
+// The functions behind one instruction set's row of cpu/kernels.h, by the names of its members.
+#pragma once
+#include "cpu/kernels.h"
+#include "math/target.h"
+
+namespace fusedopt::FUSEDOPT_TARGET {
+
+void adamw_update(const TensorTable& table, const AdamWScalars<double>* scalars, int64_t begin, int64_t end);
+
+void blockwise_adam_sums(const TensorTable& table, const BlockSums& sums, int64_t begin, int64_t end);
+void blockwise_adam_rates(const TensorTable& table, const AdamWScalars<double>* scalars, const BlockSums& sums,
+                          int64_t first_row, int64_t last_row);
+void blockwise_adam_update(const TensorTable& table, const AdamWScalars<double>* scalars, const BlockSums& sums,
+                           int64_t begin, int64_t end);
+
+}  // namespace fusedopt::FUSEDOPT_TARGET

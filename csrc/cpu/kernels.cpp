@@ -1,0 +1,11 @@
+// One instruction set's row: compiled once for each, like the kernels.
+#include "cpu/kernels.h"
+
+#include "cpu/entries.h"
+
+namespace fusedopt::FUSEDOPT_TARGET {
+
+extern const CpuKernels kernels;
+const CpuKernels kernels = {adamw_update, blockwise_adam_sums, blockwise_adam_rates, blockwise_adam_update};
+
+}  // namespace fusedopt::FUSEDOPT_TARGET

@@ -1,0 +1,211 @@
+"""Blockwise Adam: AdamW with one second moment per block of coordinates."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedopt import partitions
+from fusedopt.optim import _state
+from fusedopt.partitions import Partition
+from fusedopt.steps import _adam
+from fusedopt.steps import blockwise_adam as steps
+
+
+class BlockwiseAdam(torch.optim.Optimizer):
+    """AdamW that keeps one second moment for each block of coordinates instead of one for each.
+
+    Adam-mini, AdaSGD and layer-wise Adam are partitions of it; ``"coordinate"`` is AdamW.
+
+    Args:
+        params: parameters, groups or named parameters, as every torch optimizer takes them.
+        lr, betas, eps, weight_decay: as ``torch.optim.AdamW``.
+        partition: the blocks of every parameter (see ``fusedopt.partitions``), or a mapping from
+            parameters, or their names where ``params`` are named, to partitions, or a function from
+            a parameter to one. Also per group. Each group's ``"partition"`` then lists one per
+            parameter. ``"global"`` is one block over all tensors of a group.
+        maximize: ascend instead of descend.
+        state_dtype: ``torch.float32`` or ``torch.bfloat16`` for the first moment; ``None`` keeps
+            each parameter's own dtype.
+
+    State: ``step``, ``exp_avg`` and ``block_sq``, one float32 per block. A checkpoint holds the
+    partitions as plain data; loading it into other ones is refused. ``torch.amp.GradScaler`` leaves
+    unscaling and the skipping of bad steps to the kernel.
+
+    Raises:
+        ValueError, TypeError: an option, or a partition that does not fit its parameter; at
+            ``step``, what kernels can't take, by name.
+
+    Source: Xie, Mohamadi & Li, arXiv:2410.08198; Adam-mini: Zhang et al., arXiv:2406.16793.
+    """
+
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        partition: Any = "row",
+        maximize: bool = False,
+        state_dtype: torch.dtype | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "partition": partition,
+            "maximize": maximize,
+            "state_dtype": state_dtype,
+        }
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        options = {**self.defaults, **param_group}
+        _state.check_dtype(options["state_dtype"])
+        _adam.options(0, *(options[k] for k in ("lr", "betas", "eps", "weight_decay", "maximize")))
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            group["partition"] = _one_each(group)
+        except Exception:
+            self.param_groups.pop()
+            raise
+
+    def state_dict(self) -> dict[str, Any]:
+        saved: dict[str, Any] = super().state_dict()
+        for group in saved["param_groups"]:
+            group["partition"] = [partitions.to_data(p) for p in group["partition"]]
+        return saved
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a ``state_dict`` of this class.
+
+        Raises:
+            ValueError: it was saved with other partitions; both are named. Nothing is loaded.
+        """
+        final: list[dict[str, Any]] = []
+        handle = self.register_load_state_dict_pre_hook(
+            lambda _, loaded: final.append(self._own_partitions(loaded))
+        )
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+        own = [group["partition"] for group in final[0]["param_groups"]]
+        for group, kinds in zip(self.param_groups, own, strict=True):
+            group["partition"] = kinds
+        _state.restore_dtypes(
+            self,
+            final[0],
+            lambda p, group: {
+                "exp_avg": _state.dtype_of(p, group["state_dtype"]),
+                "block_sq": torch.float32,
+            },
+        )
+
+    def _own_partitions(self, loaded: dict[str, Any]) -> dict[str, Any]:
+        """Check that a checkpoint's partitions are this optimizer's, and put these in."""
+        groups = []
+        for index, group in enumerate(loaded["param_groups"]):
+            groups.append({**group})
+            if index >= len(self.param_groups):  # torch refuses it
+                continue
+            own = self.param_groups[index]["partition"]
+            saved = group.get("partition", [None] * len(group["params"]))
+            if len(saved) != len(own):  # torch refuses it
+                continue
+            for i, (theirs, ours) in enumerate(zip(saved, own, strict=True)):
+                if theirs != partitions.to_data(ours):
+                    name = "no partition" if theirs is None else repr(partitions.from_data(theirs))
+                    raise ValueError(
+                        f"param_groups[{index}]['params'][{i}]: the checkpoint was saved with "
+                        f"partition {name}, but this optimizer has {ours!r}"
+                    )
+            groups[-1]["partition"] = own
+        loaded["param_groups"] = groups
+        return loaded
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient.
+
+        Args:
+            closure: called first with gradients enabled; its loss is returned.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if "_plan" not in self.__dict__:  # not part of the state: rebuilt after a copy or a load
+            self._plan = steps.new_plan()
+        steps.param_groups_step(
+            self.param_groups,
+            self.state,
+            self._init_state,
+            self._plan,
+            grad_scale=getattr(self, "grad_scale", None),
+            found_inf=getattr(self, "found_inf", None),
+        )
+        return loss
+
+    def _init_state(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        wanted = {id(p) for p in params}
+        kinds = [
+            kind
+            for p, kind in zip(group["params"], group["partition"], strict=True)
+            if id(p) in wanted
+        ]
+        counts = [
+            partitions.block_count(kind, p.shape) for p, kind in zip(params, kinds, strict=True)
+        ]
+        device = torch.device("cpu")
+        counters = _state.step_counters(len(params), torch.float32, device)
+        moments = _state.zeros_like(params, group["state_dtype"], 1)
+        seconds = _state.vectors(counts, torch.float32, device, 2)
+        held = self._global_value(group)
+        for p, kind, step, m, v in zip(params, kinds, counters, moments, seconds, strict=True):
+            if kind == "global" and held is not None:
+                v.copy_(held)
+            self.state[p].update(step=step, exp_avg=m, block_sq=v)
+
+    def _global_value(self, group: dict[str, Any]) -> Tensor | None:
+        """What the group's tensors of partition "global" hold; None if none has a state yet."""
+        members = zip(group["params"], group["partition"], strict=True)
+        states = (self.state.get(p, {}) for p, kind in members if kind == "global")
+        return next((state["block_sq"] for state in states if state), None)
+
+
+def _one_each(group: dict[str, Any]) -> list[Partition]:
+    """The partition of each parameter of a group, checked against its shape."""
+    params: list[Tensor] = group["params"]
+    kinds = [_partition_of(group, i) for i in range(len(params))]
+    for i, (p, kind) in enumerate(zip(params, kinds, strict=True)):
+        try:
+            partitions.resolve(kind, p.shape)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{_name(group, i)}: {error}") from None
+    return kinds
+
+
+def _partition_of(group: dict[str, Any], i: int) -> Partition:
+    given, p = group["partition"], group["params"][i]
+    if isinstance(given, Mapping):
+        keys = [p, group["param_names"][i]] if "param_names" in group else [p]
+        found = [given[key] for key in keys if key in given]
+        if not found:
+            raise ValueError(
+                f"{_name(group, i)}: the mapping of partitions has no entry for it; it goes by "
+                "parameter, or by name where params are named_parameters()"
+            )
+        return partitions.parse(found[0])
+    return partitions.parse(given(p) if callable(given) else given)
+
+
+def _name(group: dict[str, Any], i: int) -> str:
+    name = f" {group['param_names'][i]!r}" if "param_names" in group else ""
+    return f"parameter {i}{name} (shape {tuple(group['params'][i].shape)})"
