@@ -24,6 +24,7 @@ from torch._subclasses import FakeTensorMode
 
 import fusedopt
 from fusedopt.optim import AdamW
+from fusedopt.optim.adamw import _counters
 from optim_helpers import (
     DTYPES,
     STATE_KEYS,
@@ -558,3 +559,16 @@ def test_grad_scale(dtype):
         scaled.step()
         assert before == [bits(p.grad) for p in params_of(scaled)]
     assert snapshot(plain) == snapshot(scaled)
+
+
+# ---- where step counters lie
+
+
+@pytest.mark.parametrize("flags", [{}, {"capturable": True}, {"fused": True}], ids=str)
+def test_counters_are_made_where_torch_makes_them(flags):
+    """On the CPU, or beside a parameter elsewhere (meta stands for a GPU), in one order with it."""
+    params = [torch.nn.Parameter(torch.ones(3, device=d)) for d in ("cpu", "meta", "cpu", "meta")]
+    counters = _counters({"capturable": False, "fused": None, **flags}, params)
+    wanted = [p.device.type if flags else "cpu" for p in params]
+    assert [counter.device.type for counter in counters] == wanted
+    assert {(counter.dtype, counter.shape) for counter in counters} == {(torch.float32, ())}

@@ -161,7 +161,7 @@ def test_counters_on_the_host():
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=lambda d: str(d)[6:])
 def test_special_values(dtype):
-    p, g, m, v = (x[0] for x in lists((dtype,) * 3, sizes=[4096]))
+    p, g, m, v, u = (x[0] for x in lists((dtype,) * 3, amsgrad=True, sizes=[4096]))
     special = [0.0, -0.0, float("inf"), -float("inf"), float("nan")]
     tiny = torch.finfo(dtype).smallest_normal
     special = torch.tensor([*special, tiny, tiny / 2, -tiny / 8, torch.finfo(dtype).max]).to(dtype)
@@ -170,6 +170,8 @@ def test_special_values(dtype):
     v.abs_()
     for eps in (0.0, 1e-8):
         check([[x.clone()] for x in (p, g, m, v)], step=2, eps=eps)
+    u[::3] = torch.nan
+    check([[x] for x in (p, g, m, v, u)], step=2)
 
 
 def test_rounding_to_bfloat16():
@@ -194,14 +196,17 @@ def test_unaligned_views(dtype, shift):
     """All roles alike, so that they are aligned behind some head; then one of them otherwise."""
     for shifts in ([shift] * 5, [shift, 0, shift, shift, shift]):
         arrays = lists((dtype,) * 3, amsgrad=True, sizes=[n for n in SIZES if n < 9000])
-        check([views(role, by) for role, by in zip(arrays, shifts, strict=True)], step=2)
+        got = [views(role, by) for role, by in zip(arrays, shifts, strict=True)]
+        triton_step(got, step=2)
+        cpu_step(arrays, step=2)
+        assert_same_bits(got, arrays)
 
 
 def views(tensors, shift):
     """The same values, that many elements after an aligned address."""
     made = []
     for x in tensors:
-        flat = torch.zeros(x.numel() + 16 + shift, dtype=x.dtype, device=x.device)
+        flat = torch.zeros(x.numel() + 16 + shift, dtype=x.dtype, device=DEVICE)
         start = -flat.data_ptr() % 16 // x.itemsize + shift
         made.append(flat[start : start + x.numel()].copy_(x))
     return made

@@ -22,14 +22,13 @@ import triton_cubins as cubins
 BUDGET = json.loads(cubins.BUDGET.read_text())
 KERNELS = cubins.adamw_kernels() | cubins.small_kernels()
 BYTES = (4, 8, 2, 2)
-SLACK = 12  # registers that another version of Triton may take beside those measured
+SLACK = 12  # registers that another version of Triton may take beside those measured; one word too
 
 
 def test_budget_names_every_kernel():
+    archs = {f"sm_{arch}" for arch in cubins.ARCHS}
     assert BUDGET["kernels"].keys() == KERNELS.keys()
-    assert all(
-        set(a) == {f"sm_{arch}" for arch in cubins.ARCHS} for a in BUDGET["kernels"].values()
-    )
+    assert all(by_arch.keys() >= archs for by_arch in BUDGET["kernels"].values())
 
 
 @pytest.mark.parametrize("arch", cubins.ARCHS, ids="sm_{}".format)
@@ -37,8 +36,9 @@ def test_budget_names_every_kernel():
 def test_resources(name, arch):
     found = cubins.resources(cubins.compile_for(arch, *KERNELS[name]))
     allowed = BUDGET["kernels"][name][f"sm_{arch}"]
-    slack = 0 if triton.__version__ == BUDGET["triton"] else SLACK
-    assert found["stack"] == found["local"] == 0, found
+    measured = triton.__version__ == BUDGET["triton"]
+    slack, stack = (0, 0) if measured else (SLACK, 8)
+    assert found["local"] == 0 and found["stack"] <= stack, found
     assert found["registers"] <= allowed["registers"] + slack, (found, allowed)
     if name.startswith("adamw fp32, vector"):
         assert found["registers"] <= 64

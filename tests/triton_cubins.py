@@ -18,7 +18,8 @@ from fusedopt.triton_kernels import _numbers, _table, adamw
 from fusedopt.triton_kernels._storage import LAUNCH_OPTIONS
 
 BUDGET = Path(__file__).parent / "data" / "triton_budget.json"
-ARCHS = (80, 90, 100, 120)
+VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
+ARCHS = (80, 90, 100, 120) if VERSION >= (3, 3) else (80, 90)  # that it has a compiler for
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 F32, F64, BF16, F16, NONE = 0, 1, 2, 3, -1
@@ -63,7 +64,7 @@ def small_kernels():
 def source(kernel, signature, constants):
     """An ASTSource, whose spelling changed in Triton 3.3; pointers come from torch, so aligned."""
     pointers = [i for i, kind in enumerate(signature.values()) if kind.startswith("*")]
-    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):
+    if VERSION < (3, 3):
         from triton.backends.compiler import AttrsDescriptor
 
         aligned = {"tt.divisibility": tuple(pointers)}

@@ -380,8 +380,7 @@ class Region {
   void set_ahead(const BlockUnit& unit, bool one_pass, int64_t* ahead) const {
     const bool next = one_pass && another_follows(unit);
     for (int role = 0; role < Role::kBlockSq; ++role)
-      ahead[role] =
-          next ? unit.columns * size_of(tensor_.row.dtype[role]) : kPrefetchBytes;
+      ahead[role] = next ? unit.columns * size_of(tensor_.row.dtype[role]) : kPrefetchBytes;
     if (next) ahead[Role::kParam] = 0;
   }
 
