@@ -45,7 +45,7 @@ struct BlockRegion {
 };
 constexpr int64_t kOwnBlocks = -1;
 
-struct RowBlocks {  // one row's column of blocks
+struct RowBlocks {     // one row's column of blocks
   int64_t begin, end;  // its regions in TensorTable::regions; they tile the tensor
   int64_t count;       // of blocks
 };
