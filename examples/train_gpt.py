@@ -81,11 +81,19 @@ def fusedopt_adamw(model: nn.Module) -> list[Optimizer]:
     return [fusedopt.optim.AdamW(decay_groups(model), **ADAMW)]
 
 
+def fusedopt_blockwise_adam(model: nn.Module) -> list[Optimizer]:
+    """fusedopt's blockwise Adam with the blocks of Adam-mini."""
+    kinds = fusedopt.partitions.adam_mini(model, overrides={"*.mlp_*.weight": "row"})
+    by_parameter = {p: kinds[name] for name, p in model.named_parameters()}
+    return [fusedopt.optim.BlockwiseAdam(decay_groups(model), **ADAMW, partition=by_parameter)]
+
+
 OPTIMIZERS = [
     Row("torch AdamW, loop", partial(torch_adamw, foreach=False, fused=False), peer="loop"),
     Row("torch AdamW, foreach", partial(torch_adamw, foreach=True), peer="foreach"),
     Row("torch AdamW, fused", partial(torch_adamw, fused=True), peer="fused"),
     Row("fusedopt AdamW", fusedopt_adamw),
+    Row("fusedopt BlockwiseAdam", fusedopt_blockwise_adam),
 ]
 
 

@@ -1,4 +1,5 @@
-// The floor of AdamW: read p, g, m, v and write p, m, v in place, over the very tensors of a case.
+// The floor of AdamW: read p, g, m, v and write p, m, v in place, over the very tensors of a case. That of blockwise
+// Adam is the same without v (second is nullptr).
 //
 // Page placement changes the speed of memory by a factor of two, so a copy between other arrays says
 // little. The arithmetic is one integer AND and ADD; the caller passes mask = 0, which the compiler
@@ -30,6 +31,15 @@ void sweep_tensor(P* __restrict p, const P* __restrict g, S* __restrict m, S* __
   }
 }
 
+template <typename P, typename S>
+void sweep_tensor(P* __restrict p, const P* __restrict g, S* __restrict m, int64_t n, uint32_t mask) {
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t word = g[i] & mask;
+    p[i] = static_cast<P>(p[i] + word);
+    m[i] = static_cast<S>(m[i] + word);
+  }
+}
+
 // Elements [begin, end) of the list taken as one long array.
 template <typename P, typename S>
 void sweep_range(const Table& table, int64_t begin, int64_t end) {
@@ -37,11 +47,14 @@ void sweep_range(const Table& table, int64_t begin, int64_t end) {
   for (int64_t i = 0; i < table.count && start < end; start += table.numel[i++]) {
     const int64_t from = std::max<int64_t>(begin - start, 0);
     const int64_t to = std::min(end - start, table.numel[i]);
-    if (from < to) {
-      sweep_tensor(static_cast<P*>(table.param[i]) + from, static_cast<const P*>(table.grad[i]) + from,
-                   static_cast<S*>(table.first[i]) + from, static_cast<S*>(table.second[i]) + from, to - from,
-                   table.mask);
-    }
+    if (from >= to) continue;
+    P* const param = static_cast<P*>(table.param[i]) + from;
+    const P* const grad = static_cast<P*>(table.grad[i]) + from;
+    S* const first = static_cast<S*>(table.first[i]) + from;
+    if (table.second)
+      sweep_tensor(param, grad, first, static_cast<S*>(table.second[i]) + from, to - from, table.mask);
+    else
+      sweep_tensor(param, grad, first, to - from, table.mask);
   }
 }
 

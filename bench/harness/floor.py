@@ -54,9 +54,21 @@ def read4_write3(
 
     It walks the storage in memory order, whatever the strides.
     """
+    return _sweep([params, grads, firsts, seconds], threads)
+
+
+def read3_write2(
+    params: Sequence[Tensor], grads: Sequence[Tensor], firsts: Sequence[Tensor], threads: int
+) -> Callable[[], None]:
+    """The same for the bytes of a step of blockwise Adam, which has no second moments."""
+    return _sweep([params, grads, firsts], threads)
+
+
+def _sweep(roles: list[Sequence[Tensor]], threads: int) -> Callable[[], None]:
     run = _library().read4_write3
+    params, firsts = roles[0], roles[2]
     numel = (ctypes.c_int64 * len(params))(*[tensor.numel() for tensor in params])
-    tables = [_addresses(tensors) for tensors in (params, grads, firsts, seconds)]
+    tables = [_addresses(tensors) for tensors in roles] + [None] * (4 - len(roles))
     sizes = params[0].element_size(), firsts[0].element_size()
     count, mask = ctypes.c_int64(len(params)), ctypes.c_uint32(0)
 

@@ -32,6 +32,14 @@ class OptimizerPeer:
     second: str = "exp_avg_sq"
 
 
+@dataclass(frozen=True)
+class NamedOptimizerPeer:
+    """An optimizer that goes by parameters' names; ``build`` takes (name, parameter) pairs."""
+
+    name: str
+    build: Callable[[list[tuple[str, Parameter]], torch.dtype, dict[str, Any]], Any]
+
+
 def require_parameter_dtype(params: Sequence[Parameter], state_dtype: torch.dtype) -> None:
     """Refuse states of another dtype than the parameters."""
     if params[0].dtype != state_dtype:

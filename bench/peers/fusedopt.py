@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.nn import Parameter
 
-from bench.peers import OptimizerPeer
+from bench.peers import NamedOptimizerPeer, OptimizerPeer
 
 
 def adamw() -> list[OptimizerPeer]:
@@ -20,3 +20,13 @@ def adamw() -> list[OptimizerPeer]:
         return AdamW(params, **options, state_dtype=state_dtype)
 
     return [OptimizerPeer("fusedopt", build)]
+
+
+def blockwise_adam() -> list[NamedOptimizerPeer]:
+    """Our AdamW, for scale."""
+    [peer] = adamw()
+    return [
+        NamedOptimizerPeer(
+            "fusedopt AdamW", lambda named, *rest: peer.build([p for _, p in named], *rest)
+        )
+    ]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.nn import Parameter
 
-from bench.peers import OptimizerPeer, require_parameter_dtype
+from bench.peers import NamedOptimizerPeer, OptimizerPeer, require_parameter_dtype
 
 
 def _adamw(name: str, **mode: Any) -> OptimizerPeer:
@@ -24,4 +24,12 @@ def adamw() -> list[OptimizerPeer]:
         _adamw("loop", foreach=False),
         _adamw("foreach", foreach=True),
         _adamw("fused", fused=True),
+    ]
+
+
+def blockwise_adam() -> list[NamedOptimizerPeer]:
+    """Its fused AdamW, for scale."""
+    peer = _adamw("fused", fused=True)
+    return [
+        NamedOptimizerPeer(peer.name, lambda named, *rest: peer.build([p for _, p in named], *rest))
     ]
