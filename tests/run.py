@@ -81,7 +81,7 @@ def main() -> int:
         log = Path(folder, "kernels")
         for name, arguments, env in suites():
             counts, status = run(name, arguments, {**env, "CUDA_HOST_KERNEL_LOG": str(log)})
-            worst = max(worst, status)
+            worst = max(worst, abs(status))  # a signal's is negative
             for key, count in counts.items():
                 total[key] += count
         if kernels_missing(log) and not sys.argv[1:]:  # a selection may leave some out

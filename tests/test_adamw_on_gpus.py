@@ -337,8 +337,9 @@ def test_the_second_gpu_alone(two_gpus):
     fusedopt.adamw_step(*arrays, step=1)
     assert equal(arrays, want)
     assert {(d, s) for _, d, s in fake_gpu.take_launches()} == {(1, 0x2000)}
+    assert fake_gpu.current_device() == 0  # the one that was current is so again
     fake_gpu.forget()
-    fusedopt.adamw_step(*some_arrays(), step=1)  # the device that was current is so again
+    fusedopt.adamw_step(*some_arrays(), step=1)
     assert {(d, s) for _, d, s in fake_gpu.take_launches()} == {(0, fake_gpu.STREAM)}
 
 

@@ -131,6 +131,12 @@ def host_scalars() -> Iterator[None]:
         library.fake_gpu_host_scalars(0)
 
 
+def current_device() -> int:
+    device = ctypes.c_int(-1)
+    library.cudaGetDevice(ctypes.byref(device))
+    return device.value
+
+
 def take_launches() -> list[tuple[str, int, int]]:
     """(kernel, device, stream) of every launch since the last call."""
     lines = library.cuda_host_take_launches().decode().splitlines()
