@@ -362,7 +362,6 @@ py::list AdamWPlan::add_group(int64_t group, const py::list& params, const py::d
     if (amsgrad) operands[Role::kMaxExpAvgSq].object = state_of(keys.max_exp_avg_sq, Role::kMaxExpAvgSq);
     for (int role = Role::kExpAvg; role < Role::kCount - !amsgrad; ++role) owners_.keep(reader_, operands[role].object);
     owners_.keep(reader_, counter);
-    owners_.keep(reader_, param);
     const Step step = read_step(counter, &names, i);
     add_row(operands, &names, i, options, step, &grad);
     trail_.visit(counter);
