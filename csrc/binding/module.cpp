@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "binding/adam_plan.h"
 #include "binding/adamw.h"
 #include "binding/arrays.h"
 #include "binding/blockwise_adam.h"
@@ -61,6 +62,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("isa", &fusedopt::isa);
   module.def("available_isas", &available_isas);
   module.def("set_isa", &set_isa, py::arg("name"));
+  fusedopt::bind_adam_plan(module);
   fusedopt::bind_adamw(module);
   fusedopt::bind_blockwise_adam(module);
 }

@@ -9,8 +9,6 @@
 namespace fusedopt::FUSEDOPT_TARGET {
 namespace {
 
-constexpr int key(DType param, DType grad, DType state) { return int(param) << 16 | int(grad) << 8 | int(state); }
-
 class AdamW {
  public:
   using Role = AdamWRole;
@@ -50,46 +48,24 @@ class AdamW {
   }
 
   bool run(void* const* data, int64_t n, const NextRow& next) const {
-    constexpr auto kLinear = LaneOrder::kLinear;
-    using F32 = PackPlain<float>;
-    using BF16 = PackBFloat16<kLinear>;
-    using F16 = PackFloat16;
-    switch (formats()) {
-      case key(DType::kFloat32, DType::kFloat32, DType::kFloat32): return run_as<F32, F32, F32>(data, n, next);
-      case key(DType::kFloat32, DType::kFloat32, DType::kBFloat16): return run_as<F32, F32, BF16>(data, n, next);
-      case key(DType::kFloat32, DType::kBFloat16, DType::kFloat32): return run_as<F32, BF16, F32>(data, n, next);
-      case key(DType::kBFloat16, DType::kBFloat16, DType::kFloat32): return run_as<BF16, BF16, F32>(data, n, next);
-      case key(DType::kBFloat16, DType::kFloat32, DType::kFloat32): return run_as<BF16, F32, F32>(data, n, next);
-      case key(DType::kFloat16, DType::kFloat16, DType::kFloat16): return run_as<F16, F16, F16>(data, n, next);
-      case key(DType::kFloat16, DType::kFloat16, DType::kFloat32): return run_as<F16, F16, F32>(data, n, next);
-      case key(DType::kBFloat16, DType::kBFloat16, DType::kBFloat16): {
-        using Pairs = PackBFloat16<LaneOrder::kInterleaved>;
-        return run_as<Pairs, Pairs, Pairs>(data, n, next);
-      }
-      case key(DType::kFloat64, DType::kFloat64, DType::kFloat64):
-        return run_plain(reinterpret_cast<double* const*>(data), n, next);
-      default: return false;
-    }
+    const DType state = row_.dtype[Role::kExpAvg];
+    if (row_.dtype[Role::kExpAvgSq] != state) return false;
+    if (row_.data[Role::kMaxExpAvgSq] && row_.dtype[Role::kMaxExpAvgSq] != state) return false;
+    return with_codecs<LaneOrder::kInterleaved>(
+        row_.dtype[Role::kParam], row_.dtype[Role::kGrad], state,
+        [&](auto p, auto g, auto s) { run_as<decltype(p), decltype(g), decltype(s)>(data, n, next); });
   }
 
   template <typename S>
-  bool run_plain(S* const* data, int64_t n, const NextRow& next) const {
+  void run_plain(S* const* data, int64_t n, const NextRow& next) const {
     using Plain = PackPlain<S>;
-    return run_as<Plain, Plain, Plain>(reinterpret_cast<void* const*>(data), n, next);
+    run_as<Plain, Plain, Plain>(reinterpret_cast<void* const*>(data), n, next);
   }
 
  private:
-  int formats() const {
-    const DType state = row_.dtype[Role::kExpAvg];
-    const bool alike = row_.dtype[Role::kExpAvgSq] == state &&
-                       (!row_.data[Role::kMaxExpAvgSq] || row_.dtype[Role::kMaxExpAvgSq] == state);
-    return alike ? key(row_.dtype[Role::kParam], row_.dtype[Role::kGrad], state) : -1;
-  }
-
   template <typename Param, typename Grad, typename State>
-  bool run_as(void* const* data, int64_t n, const NextRow& next) const {
+  void run_as(void* const* data, int64_t n, const NextRow& next) const {
     UnitRunner<AdamW, Param, Grad, State, State, State>::run(*this, data, n, next);
-    return true;
   }
 
   const TensorRow& row_;

@@ -8,13 +8,12 @@
 #include "cpu/blocks.h"
 #include "cpu/elementwise.h"
 #include "cpu/entries.h"
+#include "cpu/squares.h"
 
 namespace fusedopt::FUSEDOPT_TARGET {
 namespace {
 
 using Role = BlockwiseAdamRole;
-using Double = Pack<double>;
-constexpr int kDoubles = Double::kLanes;
 constexpr int64_t kPrefetchBytes = 256;  // ahead of each stream, where nothing better is known
 
 // ---- the update, as the element-wise driver has it
@@ -128,153 +127,59 @@ struct OwnRates : Step {
   }
 };
 
-using F32 = PackPlain<float>;
-using F64 = PackPlain<double>;
-using BF16 = PackBFloat16<LaneOrder::kLinear>;
-using F16 = PackFloat16;
-
-constexpr int key(DType param, DType grad, DType exp_avg) { return int(param) << 16 | int(grad) << 8 | int(exp_avg); }
-
 template <typename Algorithm, typename Param, typename Grad, typename ExpAvg, typename Last>
-bool run_as(const Algorithm& algorithm, void* const* data, int64_t n) {
+void run_as(const Algorithm& algorithm, void* const* data, int64_t n) {
   if constexpr (Algorithm::kRoles == Role::kCount)
     UnitRunner<Algorithm, Param, Grad, ExpAvg, Last>::run(algorithm, data, n);
   else
     UnitRunner<Algorithm, Param, Grad, ExpAvg>::run(algorithm, data, n);
-  return true;
 }
 
-// n elements as they lie, the last role in fp32. False: these dtypes have no kernel.
-template <typename Algorithm>
-bool run_stored(const Algorithm& algorithm, const TensorRow& row, void* const* data, int64_t n) {
-  constexpr DType f32 = DType::kFloat32, bf16 = DType::kBFloat16, f16 = DType::kFloat16;
-  switch (key(row.dtype[Role::kParam], row.dtype[Role::kGrad], row.dtype[Role::kExpAvg])) {
-    case key(f32, f32, f32): return run_as<Algorithm, F32, F32, F32, F32>(algorithm, data, n);
-    case key(f32, f32, bf16): return run_as<Algorithm, F32, F32, BF16, F32>(algorithm, data, n);
-    case key(f32, bf16, f32): return run_as<Algorithm, F32, BF16, F32, F32>(algorithm, data, n);
-    case key(bf16, bf16, f32): return run_as<Algorithm, BF16, BF16, F32, F32>(algorithm, data, n);
-    case key(bf16, f32, f32): return run_as<Algorithm, BF16, F32, F32, F32>(algorithm, data, n);
-    case key(bf16, bf16, bf16): return run_as<Algorithm, BF16, BF16, BF16, F32>(algorithm, data, n);
-    case key(f16, f16, f32): return run_as<Algorithm, F16, F16, F32, F32>(algorithm, data, n);
-    case key(f16, f16, f16): return run_as<Algorithm, F16, F16, F16, F32>(algorithm, data, n);
-    default: return false;
-  }
+// Calls f with the codecs of a row's roles but the last. False: there are none for arithmetic in S.
+template <typename S, typename F>
+bool with_row_codecs(const TensorRow& row, F f) {
+  return with_codecs<LaneOrder::kLinear>(row.dtype[Role::kParam], row.dtype[Role::kGrad], row.dtype[Role::kExpAvg],
+                     [&](auto param, auto grad, auto exp_avg) {
+                       if constexpr (std::is_same_v<typename decltype(param)::Value, S>) f(param, grad, exp_avg);
+                     });
 }
 
-// ---- sums of squares, in double
-
-FUSEDOPT_INLINE void widen(Pack<double> x, Double (&wide)[1]) { wide[0] = x; }
-FUSEDOPT_INLINE void widen(Pack<float> x, Double (&wide)[2]) {
-#if defined(__AVX2__) && FUSEDOPT_PACK_BYTES == 32
-  wide[0] = (Double::Raw)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)x.v));
-  wide[1] = (Double::Raw)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)x.v, 1));
-#else
-  typedef float Half __attribute__((vector_size(kPackBytes / 2)));
-  Half half[2];
-  memcpy(half, &x.v, sizeof half);
-  for (int i = 0; i < 2; ++i) wide[i] = __builtin_convertvector(half[i], Double::Raw);
-#endif
+template <typename T>
+FUSEDOPT_INLINE void prefetch_lanes(const T* from) {
+  for (int64_t line = 0; line < int64_t(kSumLanes * sizeof *from); line += 64)
+    __builtin_prefetch(reinterpret_cast<const char*>(from + kPrefetchElements) + line, 0, 0);
 }
 
-// Element i goes to sum i % kSumLanes, in every instruction set.
-struct LaneSums {
-  static constexpr int kPacks = kSumLanes / kDoubles;
-  Double at[kPacks];
-
-  LaneSums() {
-    for (Double& sum : at) sum = Double(0.0);
-  }
-
-  template <typename Codec>
-  FUSEDOPT_INLINE void add_lanes(const typename Codec::Stored* from) {
-    using S = typename Codec::Value;
-    constexpr int kWide = sizeof(double) / sizeof(S), kUnit = 2 * Pack<S>::kLanes;
-    Unit<S> x;
-    Double wide[kWide];
-#pragma GCC unroll 8
-    for (int i = 0; i < kPacks; ++i) {
-      if (i % (2 * kWide) == 0) Codec::load(from + i / (2 * kWide) * kUnit, x);
-      if (i % kWide == 0) widen(x[i / kWide % 2], wide);
-      at[i] = fma(wide[i % kWide], wide[i % kWide], at[i]);
+// n elements of a block, a multiple of kSumLanes, and beside them as many of the next block's gradient: memory has the
+// same to do all the time. The next block's squares come from memory, this one's gradient from a cache.
+template <typename Param, typename Grad, typename ExpAvg, typename S>
+void update_beside_sum(void* const* data, const void* next_grad, int64_t n, const StepScalars<Pack<S>>& scalars,
+                       LaneSums* next) {
+  const StepScalars<Pack<S>> k = scalars;  // copies that stay in registers
+  LaneSums sums = *next;
+  auto* const param = static_cast<typename Param::Stored*>(data[Role::kParam]);
+  const auto* const grad = static_cast<const typename Grad::Stored*>(data[Role::kGrad]);
+  auto* const exp_avg = static_cast<typename ExpAvg::Stored*>(data[Role::kExpAvg]);
+  const auto* const from = static_cast<const typename Grad::Stored*>(next_grad);
+  for (int64_t i = 0; i < n; i += kSumLanes) {
+    prefetch_lanes(param + i);
+    prefetch_lanes(exp_avg + i);
+    prefetch_lanes(from + i);
+    sums.add_lanes<Grad>(from + i);
+    for (int64_t j = i; j < i + kSumLanes; j += 2 * Pack<S>::kLanes) {
+      Unit<S> p, g, m;
+      Grad::load(grad + j, g);
+      ExpAvg::load(exp_avg + j, m);
+      Param::load(param + j, p);
+      for (int half = 0; half < 2; ++half) {
+        adamw_first_moment(g[half], m[half], k);
+        blockwise_adam_param(p[half], m[half], k.rate, k.decay);
+      }
+      ExpAvg::store(exp_avg + j, m);
+      Param::store(param + j, p);
     }
   }
-
-  // Beside each line that it reads it fetches one that lies `ahead` bytes further; 0: none.
-  template <typename Codec>
-  void add(const typename Codec::Stored* from, int64_t n, int64_t ahead) {
-    LaneSums sums = *this;  // a copy that stays in registers
-    int64_t i = 0;
-    for (; i + kSumLanes <= n; i += kSumLanes) {
-      for (int64_t line = 0; line < int64_t(kSumLanes * sizeof *from); line += 64)
-        __builtin_prefetch(reinterpret_cast<const char*>(from + i) + line + ahead, 0, 0);
-      sums.add_lanes<Codec>(from + i);
-    }
-    if (i < n) {
-      typename Codec::Stored padded[kSumLanes] = {};
-      memcpy(padded, from + i, (n - i) * sizeof *from);
-      sums.add_lanes<Codec>(padded);
-    }
-    *this = sums;
-  }
-
-  double total() const {
-    LaneSums sums = *this;
-    for (int half = kPacks / 2; half > 0; half /= 2)
-      for (int i = 0; i < half; ++i) sums.at[i] = sums.at[i] + sums.at[i + half];
-    double lanes[kDoubles];
-    memcpy(lanes, &sums.at[0].v, sizeof lanes);
-    for (int half = kDoubles / 2; half > 0; half /= 2)
-      for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-    return lanes[0];
-  }
-};
-
-// Adds the squares of a unit of elements in each of kRows rows to the sums of their columns.
-template <typename Codec, int kRows>
-FUSEDOPT_INLINE void add_unit(double* sums, const typename Codec::Stored* from, int64_t stride) {
-  using S = typename Codec::Value;
-  constexpr int kWide = sizeof(double) / sizeof(S), kPacks = 2 * kWide;
-  Double sum[kPacks];
-#pragma GCC unroll 4
-  for (int i = 0; i < kPacks; ++i) sum[i] = load_bytes<Double::Raw>(sums + i * kDoubles);
-#pragma GCC unroll 4
-  for (int r = 0; r < kRows; ++r) {
-    Unit<S> x;
-    Double wide[kWide];
-    Codec::load(from + r * stride, x);
-#pragma GCC unroll 4
-    for (int i = 0; i < kPacks; ++i) {
-      if (i % kWide == 0) widen(x[i / kWide], wide);
-      sum[i] = fma(wide[i % kWide], wide[i % kWide], sum[i]);
-    }
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < kPacks; ++i) memcpy(sums + i * kDoubles, &sum[i].v, sizeof sum[i].v);
-}
-
-// The same for n elements of each row.
-template <typename Codec, int kRows>
-void add_squares(double* sums, const typename Codec::Stored* from, int64_t stride, int64_t n) {
-  constexpr int kUnit = 2 * Pack<typename Codec::Value>::kLanes;
-  int64_t i = 0;
-  for (; i + kUnit <= n; i += kUnit) add_unit<Codec, kRows>(sums + i, from + i, stride);
-  if (i == n) return;
-  typename Codec::Stored padded[kRows * kUnit] = {};
-  for (int r = 0; r < kRows; ++r) memcpy(padded + r * kUnit, from + r * stride + i, (n - i) * sizeof *from);
-  add_unit<Codec, kRows>(sums + i, padded, kUnit);
-}
-
-double sum_of(const double* x, int64_t n) {
-  double sum = 0;
-  for (int64_t i = 0; i < n; ++i) sum += x[i];
-  return sum;
-}
-// Of four runs of n, in the same order, side by side.
-void four_sums_of(const double* x, int64_t n, double* sums) {
-  double s[4] = {};
-  for (int64_t i = 0; i < n; ++i)
-    for (int j = 0; j < 4; ++j) s[j] += x[j * n + i];
-  memcpy(sums, s, sizeof s);
+  *next = sums;
 }
 
 // ---- from sums to rates, in place
@@ -343,6 +248,15 @@ class Region {
     run(EachCoordinate{scalars_}, region_.offset + begin, end - begin, block_sq(begin));
   }
 
+  // Blocks [block, end) of whole runs that need one pass, each updated while the next one is summed. False: elements
+  // don't lie in a row, or there are no kernels for their dtypes.
+  bool update_chain(int64_t block, int64_t end) const {
+    if (region_.rows != 1 || region_.group < kOneRate || tensor_.row.layout != kFlat) return false;
+    return with_row_codecs<S>(tensor_.row, [&](auto param, auto grad, auto exp_avg) {
+      chain<decltype(param), decltype(grad), decltype(exp_avg)>(block, end);
+    });
+  }
+
   // The sum of squared gradients of each of the unit's blocks, as far as the unit has them.
   void sum(const BlockUnit& unit, double* sums, bool one_pass) const {
     if (region_.rows == 1 && region_.group >= kSumLanes)
@@ -371,6 +285,34 @@ class Region {
     return static_cast<float*>(tensor_.row.data[Role::kBlockSq]) + region_.first_block + block;
   }
   int64_t element(int64_t row, int64_t column) const { return region_.offset + row * region_.stride + column; }
+
+  template <typename Param, typename Grad, typename ExpAvg>
+  void chain(int64_t block, int64_t end) const {
+    constexpr int64_t kUnit = 2 * Pack<S>::kLanes;
+    const int64_t ahead[] = {kPrefetchBytes, kPrefetchBytes, kPrefetchBytes};
+    int64_t at = element(0, block * region_.group);
+    LaneSums sums;
+    sums.add<Grad>(grad_at<Grad>(at), region_.numel_of(block), kPrefetchBytes);
+    for (; block < end; ++block) {
+      double rate = sums.total();
+      rates_of_blocks(block_sq(block), &rate, 1, double(region_.numel_of(block)), scalars_);
+      const OneRate update{{scalars_, ahead, rate}};
+      const int64_t n = region_.numel_of(block), following = block + 1 < end ? region_.numel_of(block + 1) : 0;
+      int64_t both = (n < following ? n : following) / kSumLanes * kSumLanes;
+      if (both < n && n - both < kUnit && both > 0) both -= kSumLanes;  // no unit for less
+      sums = LaneSums();
+      void* data[] = {tensor_.at(Role::kParam, at), tensor_.at(Role::kGrad, at), tensor_.at(Role::kExpAvg, at)};
+      update_beside_sum<Param, Grad, ExpAvg, S>(data, grad_at<Grad>(at + n), both, update.template prepare<S>(), &sums);
+      sums.add<Grad>(grad_at<Grad>(at + n + both), following - both, kPrefetchBytes);
+      for (int role = 0; role < 3; ++role) data[role] = tensor_.at(role, at + both);
+      if (n > both) UnitRunner<OneRate, Param, Grad, ExpAvg>::run(update, data, n - both);
+      at += n;
+    }
+  }
+  template <typename Grad>
+  const typename Grad::Stored* grad_at(int64_t element) const {
+    return reinterpret_cast<const typename Grad::Stored*>(tensor_.at(Role::kGrad, element));
+  }
 
   // Memory must not idle while a block is summed or its gradient is read again: each of the two loops fetches a part of
   // what the next unit needs, the sums its parameters, the update its gradient and first moment.
@@ -407,13 +349,11 @@ class Region {
   void run(const Algorithm& algorithm, int64_t at, int64_t n, Last* last) const {
     if (tensor_.row.layout == kFlat) {
       void* data[] = {tensor_.at(Role::kParam, at), tensor_.at(Role::kGrad, at), tensor_.at(Role::kExpAvg, at), last};
-      if constexpr (std::is_same_v<Last, float>)
-        if (run_stored(algorithm, tensor_.row, data, n)) return;
-      if constexpr (std::is_same_v<Last, double>)
-        if (tensor_.row.dtype[Role::kGrad] == DType::kFloat64 && tensor_.row.dtype[Role::kExpAvg] == DType::kFloat64) {
-          run_as<Algorithm, F64, F64, F64, F64>(algorithm, data, n);
+      if constexpr (std::is_same_v<Last, S>)
+        if (with_row_codecs<S>(tensor_.row, [&](auto p, auto g, auto m) {
+              run_as<Algorithm, decltype(p), decltype(g), decltype(m), PackPlain<S>>(algorithm, data, n);
+            }))
           return;
-        }
     }
     for (int64_t i = 0; i < n; i += kTile)
       run_tile(algorithm, at + i, n - i < kTile ? n - i : kTile, last ? last + i : nullptr);
@@ -444,11 +384,12 @@ class Region {
   void visit_grad(int64_t at, int64_t n, F f) const {
     if (grad_in_place()) {
       const void* data = tensor_.at(Role::kGrad, at);
-      if constexpr (sizeof(S) == sizeof(double)) return f(F64(), static_cast<const double*>(data), n, 0);
+      if constexpr (sizeof(S) == sizeof(double)) return f(PackPlain<double>(), static_cast<const double*>(data), n, 0);
       switch (tensor_.row.dtype[Role::kGrad]) {
-        case DType::kFloat32: return f(F32(), static_cast<const float*>(data), n, 0);
-        case DType::kBFloat16: return f(BF16(), static_cast<const uint16_t*>(data), n, 0);
-        default: return f(F16(), static_cast<const uint16_t*>(data), n, 0);
+        case DType::kFloat32: return f(PackPlain<float>(), static_cast<const float*>(data), n, 0);
+        case DType::kBFloat16:
+          return f(PackBFloat16<LaneOrder::kLinear>(), static_cast<const uint16_t*>(data), n, 0);
+        default: return f(PackFloat16(), static_cast<const uint16_t*>(data), n, 0);
       }
     }
     alignas(64) S tile[kTile];
@@ -549,6 +490,10 @@ void with_arithmetic(const TensorRow& row, F f) {
 template <typename S>
 void update_units(const Region<S>& region, const BlockSplit& split, int64_t first, int64_t last, const double* rates) {
   if (split.coordinates()) return region.update_coordinates(first, last);
+  if (split.one_pass()) {
+    const BlockUnit front = split.unit(first), back = split.unit(last - 1);
+    if (region.update_chain(front.block, back.block + back.blocks)) return;
+  }
   for (int64_t u = first; u < last; ++u) {
     const BlockUnit unit = split.unit(u);
     if (!split.one_pass()) {

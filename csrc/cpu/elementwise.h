@@ -46,6 +46,34 @@ inline void with_codec(DType dtype, F f) {
   }
 }
 
+// The mixes of dtypes that have kernels: calls f with the codecs of parameter, gradient and states; kOrder is the lanes'
+// where all are bf16. False: it is none of them.
+template <LaneOrder kOrder, typename F>
+inline bool with_codecs(DType param, DType grad, DType state, F f) {
+  using F32 = PackPlain<float>;
+  using F64 = PackPlain<double>;
+  using BF16 = PackBFloat16<LaneOrder::kLinear>;
+  using F16 = PackFloat16;
+  constexpr auto key = [](DType p, DType g, DType s) { return int(p) << 16 | int(g) << 8 | int(s); };
+  constexpr DType f32 = DType::kFloat32, f64 = DType::kFloat64, bf16 = DType::kBFloat16, f16 = DType::kFloat16;
+  switch (key(param, grad, state)) {
+    case key(f32, f32, f32): f(F32(), F32(), F32()); return true;
+    case key(f32, f32, bf16): f(F32(), F32(), BF16()); return true;
+    case key(f32, bf16, f32): f(F32(), BF16(), F32()); return true;
+    case key(bf16, bf16, f32): f(BF16(), BF16(), F32()); return true;
+    case key(bf16, f32, f32): f(BF16(), F32(), F32()); return true;
+    case key(bf16, bf16, bf16): {
+      using Alike = PackBFloat16<kOrder>;
+      f(Alike(), Alike(), Alike());
+      return true;
+    }
+    case key(f16, f16, f32): f(F16(), F16(), F32()); return true;
+    case key(f16, f16, f16): f(F16(), F16(), F16()); return true;
+    case key(f64, f64, f64): f(F64(), F64(), F64()); return true;
+    default: return false;
+  }
+}
+
 // Walks elements [begin, begin + n) of one role in the row's order, as runs along the last dimension:
 // f(offset of the run's first element, stride, length).
 template <typename F>

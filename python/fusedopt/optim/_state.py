@@ -1,7 +1,7 @@
 """State tensors of the optimizer classes."""
 
-from collections.abc import Callable, Sequence
-from itertools import chain
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain, count
 from typing import Any
 
 import torch
@@ -51,10 +51,31 @@ def _staggered_zeros(param: Tensor, dtype: torch.dtype, kind: int) -> Tensor:
     return flat.as_strided(layout.shape, layout.stride(), shift)
 
 
-def step_counters(count: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    """Zero-dimensional counters, cut from one buffer."""
-    flat = torch.zeros(count, dtype=dtype, device=device)
-    return [flat.as_strided((), (), i) for i in range(count)]
+def step_counters(
+    params: Sequence[Tensor], dtype: torch.dtype, on_device: bool
+) -> Iterator[Tensor]:
+    """A zero-dimensional counter each, cut from one buffer a device.
+
+    Args:
+        on_device: where the parameters are; else on the CPU, as torch has them.
+    """
+    cpu = torch.device("cpu")
+    devices = [p.device if on_device else cpu for p in params]
+    flat = {d: torch.zeros(devices.count(d), dtype=dtype, device=d) for d in set(devices)}
+    places = {d: count() for d in flat}
+    return (flat[d].as_strided((), (), next(places[d])) for d in devices)
+
+
+def without_state(state: Mapping[Any, dict[str, Any]], params: list[Tensor]) -> list[Tensor]:
+    """The parameters that have none; of the others, the counters go to where the parameters are.
+
+    A plan names those because their counter has to follow a found_inf on the GPU.
+    """
+    for p in params:
+        if state[p]:
+            step = state[p]["step"]
+            state[p]["step"] = step.to(p.device, torch.float32, non_blocking=True)
+    return [p for p in params if not state[p]]
 
 
 def dtype_of(param: Tensor, dtype: torch.dtype | None) -> torch.dtype:
@@ -65,10 +86,11 @@ def dtype_of(param: Tensor, dtype: torch.dtype | None) -> torch.dtype:
 
 
 def vectors(
-    counts: Sequence[int], dtype: torch.dtype, device: torch.device, kind: int
+    counts: Sequence[int], params: Sequence[Tensor], dtype: torch.dtype, kind: int
 ) -> list[Tensor]:
-    """One-dimensional zeros of these lengths; ``kind`` as in ``zeros_like``."""
-    return zeros_like([torch.empty(n, dtype=dtype, device=device) for n in counts], dtype, kind)
+    """Zeros of these lengths, each on its parameter's device; ``kind`` as in ``zeros_like``."""
+    sized = zip(counts, params, strict=True)
+    return zeros_like([torch.empty(n, dtype=dtype, device=p.device) for n, p in sized], dtype, kind)
 
 
 def check_dtype(state_dtype: Any) -> None:

@@ -1,6 +1,5 @@
 """AdamW as a drop-in for ``torch.optim.AdamW``."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,12 +7,13 @@ from torch import Tensor
 
 from fusedopt import _C
 from fusedopt.optim import _state
+from fusedopt.optim._step import FusedStep
 from fusedopt.steps.adamw import param_groups_step
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 
-class AdamW(torch.optim.AdamW):
+class AdamW(FusedStep, torch.optim.AdamW):
     """``torch.optim.AdamW`` on fusedopt's kernels.
 
     Arguments, their order, defaults and meaning, ``state_dict`` and its keys are torch's, and
@@ -99,62 +99,35 @@ class AdamW(torch.optim.AdamW):
             lambda p, group: dict.fromkeys(MOMENTS, _state.dtype_of(p, group["state_dtype"])),
         )
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every parameter that has a gradient, on whatever devices they are.
+    def _new_plan(self) -> _C.AdamWPlan:
+        return _C.AdamWPlan()
 
-        Args:
-            closure: called first with gradients enabled; its loss is returned.
-        """
-        _check_graph_capture(self)
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        if "_plan" not in self.__dict__:  # not part of the state: rebuilt after a copy or a load
-            self._plan = _C.AdamWPlan()
+    def _update(self, plan: _C.AdamWPlan, grad_scale: Any, found_inf: Any) -> None:
         param_groups_step(
             self.param_groups,
             self.state,
             self._init_state,
-            self._plan,
-            grad_scale=getattr(self, "grad_scale", None),
-            found_inf=getattr(self, "found_inf", None),
+            plan,
+            grad_scale=grad_scale,
+            found_inf=found_inf,
         )
-        return loss
 
     def _init_state(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        for p in params:
-            if self.state[p]:  # all it lacks is a counter that follows found_inf on the GPU
-                step = self.state[p]["step"]
-                self.state[p]["step"] = step.to(p.device, torch.float32, non_blocking=True)
-        params = [p for p in params if not self.state[p]]
+        params = _state.without_state(self.state, params)
         keys = MOMENTS if group["amsgrad"] else MOMENTS[:2]
         moments = [
             _state.zeros_like(params, group["state_dtype"], kind) for kind, _ in enumerate(keys, 1)
         ]
-        for p, step, *states in zip(params, _counters(group, params), *moments, strict=True):
+        on_device = group["capturable"] or group["fused"]
+        counters = _state.step_counters(params, _counter_dtype(group), on_device)
+        for p, step, *states in zip(params, counters, *moments, strict=True):
             self.state[p].update(step=step, **dict(zip(keys, states, strict=True)))
 
 
-def _counters(group: dict[str, Any], params: list[Tensor]) -> list[Tensor]:
-    """Step counters where torch has them: on the CPU, unless ``capturable`` or ``fused``."""
-    dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
-    if group["fused"]:
-        dtype = torch.float32
-    if not (group["capturable"] or group["fused"]):
-        return _state.step_counters(len(params), dtype, torch.device("cpu"))
-    devices = [p.device for p in params]
-    counters = {
-        device: iter(_state.step_counters(devices.count(device), dtype, device))
-        for device in set(devices)
-    }
-    return [next(counters[device]) for device in devices]
-
-
-def _check_graph_capture(optimizer: torch.optim.Optimizer) -> None:
-    """torch's own check that what is being captured was built for it, under its older name too."""
-    names = ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check")
-    next(getattr(optimizer, name) for name in names if hasattr(optimizer, name))()
+def _counter_dtype(group: dict[str, Any]) -> torch.dtype:
+    """As torch's."""
+    double = torch.get_default_dtype() == torch.float64 and not group["fused"]
+    return torch.float64 if double else torch.float32
 
 
 def _check_own_options(options: dict[str, Any]) -> None:

@@ -1,19 +1,20 @@
 """Blockwise Adam: AdamW with one second moment per block of coordinates."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fusedopt import partitions
+from fusedopt import _C, partitions
 from fusedopt.optim import _state
+from fusedopt.optim._step import FusedStep
 from fusedopt.partitions import Partition
 from fusedopt.steps import _adam
 from fusedopt.steps import blockwise_adam as steps
 
 
-class BlockwiseAdam(torch.optim.Optimizer):
+class BlockwiseAdam(FusedStep, torch.optim.Optimizer):
     """AdamW that keeps one second moment for each block of coordinates instead of one for each.
 
     Adam-mini, AdaSGD and layer-wise Adam are partitions of it; ``"coordinate"`` is AdamW.
@@ -26,6 +27,8 @@ class BlockwiseAdam(torch.optim.Optimizer):
             a parameter to one. Also per group. Each group's ``"partition"`` then lists one per
             parameter. ``"global"`` is one block over all tensors of a group.
         maximize: ascend instead of descend.
+        capturable: keep the step counters of parameters on a GPU there too, as capture in a CUDA
+            graph asks for. Nothing waits for the device either way.
         state_dtype: ``torch.float32`` or ``torch.bfloat16`` for the first moment; ``None`` keeps
             each parameter's own dtype.
 
@@ -52,6 +55,7 @@ class BlockwiseAdam(torch.optim.Optimizer):
         *,
         partition: Any = "row",
         maximize: bool = False,
+        capturable: bool = False,
         state_dtype: torch.dtype | None = None,
     ) -> None:
         defaults = {
@@ -61,6 +65,7 @@ class BlockwiseAdam(torch.optim.Optimizer):
             "weight_decay": weight_decay,
             "partition": partition,
             "maximize": maximize,
+            "capturable": capturable,
             "state_dtype": state_dtype,
         }
         super().__init__(params, defaults)
@@ -131,29 +136,21 @@ class BlockwiseAdam(torch.optim.Optimizer):
         loaded["param_groups"] = groups
         return loaded
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every parameter that has a gradient.
+    def _new_plan(self) -> _C.BlockwiseAdamPlan:
+        return steps.new_plan()
 
-        Args:
-            closure: called first with gradients enabled; its loss is returned.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        if "_plan" not in self.__dict__:  # not part of the state: rebuilt after a copy or a load
-            self._plan = steps.new_plan()
+    def _update(self, plan: _C.BlockwiseAdamPlan, grad_scale: Any, found_inf: Any) -> None:
         steps.param_groups_step(
             self.param_groups,
             self.state,
             self._init_state,
-            self._plan,
-            grad_scale=getattr(self, "grad_scale", None),
-            found_inf=getattr(self, "found_inf", None),
+            plan,
+            grad_scale=grad_scale,
+            found_inf=found_inf,
         )
-        return loss
 
     def _init_state(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        params = _state.without_state(self.state, params)
         wanted = {id(p) for p in params}
         kinds = [
             kind
@@ -163,10 +160,9 @@ class BlockwiseAdam(torch.optim.Optimizer):
         counts = [
             partitions.block_count(kind, p.shape) for p, kind in zip(params, kinds, strict=True)
         ]
-        device = torch.device("cpu")
-        counters = _state.step_counters(len(params), torch.float32, device)
+        counters = _state.step_counters(params, torch.float32, group["capturable"])
         moments = _state.zeros_like(params, group["state_dtype"], 1)
-        seconds = _state.vectors(counts, torch.float32, device, 2)
+        seconds = _state.vectors(counts, params, torch.float32, 2)
         held = self._global_value(group)
         for p, kind, step, m, v in zip(params, kinds, counters, moments, seconds, strict=True):
             if kind == "global" and held is not None:

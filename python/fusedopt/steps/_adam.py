@@ -2,21 +2,17 @@
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
-from fusedopt import _arrays, _options, backends
+from fusedopt import _C, _arrays, _gpu, _options, backends
+from fusedopt._threads import get_num_threads
 
 P = TypeVar("P")
 
 _local = threading.local()
 
 
-class Plan(Protocol):
-    """What every plan of the extension module has."""
-
-    def check(self) -> None: ...
-    def updated(self) -> list[Any]: ...
-    def clear(self) -> None: ...
+TritonLaunch = Callable[[Any, int, int], None]  # a plan, the GPU and its stream
 
 
 def thread_plan(make: Callable[[], P]) -> P:
@@ -100,7 +96,7 @@ def is_set(found_inf: Any) -> bool:
 
 
 def param_groups_step(
-    plan: Plan,
+    plan: _C.AdamPlan,
     param_groups: Iterable[dict[str, Any]],
     begin: Callable[[], None],
     add_group: Callable[[int, dict[str, Any]], list[Any]],
@@ -136,6 +132,56 @@ def param_groups_step(
             launch()
     finally:
         plan.clear()
+
+
+def number_or_on_device(name: str, value: Any) -> Any:
+    """A group's option as a plan takes it: a float, or the array on a GPU."""
+    return value if _options.on_gpu(name, value) else float(value)
+
+
+def check_device(plan: _C.AdamPlan, backend: str) -> None:
+    """Refuse arrays that do not lie where the backend works."""
+    if backend == "cpu" and plan.gpus():
+        raise ValueError("params[0] is on a GPU, but backend 'cpu' takes arrays on the CPU")
+    on_gpu = backend == "cuda" or (backend == "triton" and not backends.triton_is_interpreted())
+    if on_gpu and plan.rows_on_cpu():
+        raise ValueError(f"params[0] is on the CPU, but backend {backend!r} takes arrays on a GPU")
+
+
+def launch(
+    plan: _C.AdamPlan,
+    operation: str,
+    *,
+    stream: int | None = None,
+    found_inf: Any = None,
+    backend: str | None = None,
+    triton: TritonLaunch | None = None,
+) -> None:
+    """Everything that the plan holds: GPUs first, since a launch there may fail.
+
+    Args:
+        operation: its name in the table of defaults.
+        backend: on GPUs; ``None`` asks that table.
+        triton: launches what lies on a GPU, where the operation has that backend.
+    """
+    for gpu in plan.gpus():
+        if (backend or backends.gpu_default(operation, gpu)) == "triton" and triton:
+            triton(plan, gpu, stream_on(gpu, plan, stream))
+            continue
+        like = plan.first_on(gpu)
+        chosen = stream_on(gpu, plan, stream)
+        size = plan.workspace_bytes(gpu)
+        memory = _gpu.workspace(size, gpu, like, stream) if size else None
+        plan.launch_gpu(gpu, chosen, 0 if memory is None else memory.data_ptr())
+    if not (plan.rows_on_cpu() and is_set(found_inf)):
+        plan.launch(get_num_threads())
+
+
+def stream_on(gpu: int, plan: _C.AdamPlan, stream: int | None) -> int:
+    """The stream asked for, or the one that the arrays' library works on now."""
+    if stream is None:
+        stream = plan.current_stream(gpu)
+    return _gpu.current_stream(gpu, plan.first_on(gpu)) if stream is None else stream
 
 
 def bump_written(lists: dict[str, Sequence[Any]]) -> None:

@@ -3,8 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from fusedopt import _C, _gpu, _options, backends
-from fusedopt._threads import get_num_threads
+from fusedopt import _C, _options, backends
 from fusedopt.references import adamw as reference
 from fusedopt.steps import _adam
 
@@ -81,7 +80,7 @@ def adamw_step(
         plan.begin(scale, found_inf, stream, False)
         plan.add_lists(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, step, **options)
         plan.check()
-        _check_device(plan, name)
+        _adam.check_device(plan, name)
         if not skip:
             OPERATION.launchers[name](plan, lists, step, scale, options, stream)
     finally:
@@ -118,8 +117,8 @@ def param_groups_step(
             index,
             group["params"],
             state,
-            _on_device_or_float("lr", group["lr"]),
-            _on_device_or_float("weight_decay", group["weight_decay"]),
+            _adam.number_or_on_device("lr", group["lr"]),
+            _adam.number_or_on_device("weight_decay", group["weight_decay"]),
             _adam.beta("betas[0]", beta1),
             _adam.beta("betas[1]", beta2),
             float(group["eps"]),
@@ -133,55 +132,18 @@ def param_groups_step(
         begin=lambda: plan.begin(scale, found_inf, None, True),
         add_group=add_group,
         init_state=init_state,
-        launch=None if skip else lambda: _launch(plan, None, found_inf),
+        launch=None if skip else lambda: _launch(plan, found_inf=found_inf),
     )
 
 
-def _launch(
-    plan: _C.AdamWPlan, stream: int | None, found_inf: Any, backend: str | None = None
-) -> None:
-    """Everything that the plan holds: GPUs first, since a launch there may fail.
-
-    Args:
-        backend: on GPUs; ``None`` asks the table of defaults.
-    """
-    for gpu in plan.gpus():
-        if (backend or backends.gpu_default("adamw_step", gpu)) == "triton":
-            _launch_triton_on(gpu, plan, stream)
-            continue
-        like = plan.first_on(gpu)
-        chosen = _stream(gpu, plan, stream)
-        size = plan.workspace_bytes(gpu)
-        memory = _gpu.workspace(size, gpu, like, stream) if size else None
-        plan.launch_gpu(gpu, chosen, 0 if memory is None else memory.data_ptr())
-    if not (plan.rows_on_cpu() and _adam.is_set(found_inf)):
-        plan.launch(get_num_threads())
+def _launch(plan: _C.AdamWPlan, **how: Any) -> None:
+    _adam.launch(plan, "adamw_step", triton=_launch_triton_on, **how)
 
 
-def _launch_triton_on(gpu: int, plan: _C.AdamWPlan, stream: int | None) -> None:
+def _launch_triton_on(plan: _C.AdamWPlan, gpu: int, stream: int) -> None:
     from fusedopt.triton_kernels import adamw as kernels
 
-    kernels.launch(*plan.packed(gpu), gpu=gpu, stream=_stream(gpu, plan, stream))
-
-
-def _stream(gpu: int, plan: _C.AdamWPlan, stream: int | None) -> int:
-    """The stream asked for, or the one that the arrays' library works on now."""
-    if stream is None:
-        stream = plan.current_stream(gpu)
-    return _gpu.current_stream(gpu, plan.first_on(gpu)) if stream is None else stream
-
-
-def _on_device_or_float(name: str, value: Any) -> Any:
-    return value if _options.on_gpu(name, value) else float(value)
-
-
-def _check_device(plan: _C.AdamWPlan, backend: str) -> None:
-    gpu = bool(plan.gpus())
-    if backend == "cpu" and gpu:
-        raise ValueError("params[0] is on a GPU, but backend 'cpu' takes arrays on the CPU")
-    on_gpu = backend == "cuda" or (backend == "triton" and not backends.triton_is_interpreted())
-    if on_gpu and plan.rows_on_cpu():
-        raise ValueError(f"params[0] is on the CPU, but backend {backend!r} takes arrays on a GPU")
+    kernels.launch(*plan.packed(gpu), gpu=gpu, stream=stream)
 
 
 def _launch_kernels(
@@ -193,7 +155,7 @@ def _launch_kernels(
     stream: int | None,
 ) -> None:
     _adam.bump_written(lists)
-    _launch(plan, stream, None, "cuda")
+    _launch(plan, stream=stream, backend="cuda")
 
 
 def _launch_triton(
@@ -208,7 +170,7 @@ def _launch_triton(
 
     _adam.bump_written(lists)
     for gpu in plan.gpus():
-        _launch_triton_on(gpu, plan, stream)
+        _launch_triton_on(plan, gpu, _adam.stream_on(gpu, plan, stream))
     if not plan.gpus():  # in the interpreter
         kernels.launch(*plan.packed_on_cpu())
 

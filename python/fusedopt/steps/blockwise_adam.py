@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from fusedopt import _C, _options, backends, partitions
-from fusedopt._threads import get_num_threads
 from fusedopt.references import blockwise_adam as reference
 from fusedopt.steps import _adam
 
@@ -64,17 +63,19 @@ def blockwise_adam_step(
     _options.same_length(**lists)
     name = backends.choose(OPERATION, backend, params)
     _adam.check_stream(stream, name)
-    options = _adam.options(len(params), lr, betas, eps, weight_decay, maximize)
+    on_device = name in backends.GPU
+    options = _adam.options(len(params), lr, betas, eps, weight_decay, maximize, on_device)
     kinds = _per_tensor(partitions, len(params))
-    scale, _, skip = _adam.loss_scale(grad_scale, found_inf, on_device=False)
+    scale, found_inf, skip = _adam.loss_scale(grad_scale, found_inf, on_device)
     step = _adam.step_of(step, len(params))
     plan = _adam.thread_plan(new_plan)
     try:
-        plan.begin(scale)
+        plan.begin(scale, found_inf, stream, False)
         plan.add_lists(params, grads, exp_avgs, block_sqs, kinds, step, **options)
         plan.check()
+        _adam.check_device(plan, name)
         if not skip:
-            OPERATION.launchers[name](plan, lists, kinds, step, scale, options)
+            OPERATION.launchers[name](plan, lists, kinds, step, scale, options, stream)
     finally:
         plan.clear()
 
@@ -96,16 +97,20 @@ def param_groups_step(
     grad_scale: Any = None,
     found_inf: Any = None,
 ) -> None:
-    """One step over a torch optimizer's own structures, on the CPU.
+    """One step over a torch optimizer's own structures, on whatever devices its tensors are.
 
     Args:
         param_groups, state: the optimizer's; ``group["partition"]`` has one partition per
             parameter.
-        init_state: called with a group and its parameters that have a gradient but no state yet.
+        init_state: called with a group and its parameters that have a gradient but no state yet, or
+            whose step counter has to move to their GPU.
         plan: kept by the optimizer between steps.
         grad_scale, found_inf: as in ``adamw_step``.
     """
-    scale, _, skip = _adam.loss_scale(grad_scale, found_inf, on_device=False)
+    scale, found_inf, skip = _adam.loss_scale(grad_scale, found_inf, on_device=True)
+
+    def launch() -> None:
+        _adam.launch(plan, "blockwise_adam_step", found_inf=found_inf)
 
     def add_group(index: int, group: dict[str, Any]) -> list[Any]:
         beta1, beta2 = group["betas"]
@@ -114,10 +119,10 @@ def param_groups_step(
             group["params"],
             state,
             group["partition"],
-            float(group["lr"]),
-            float(group["weight_decay"]),
-            float(beta1),
-            float(beta2),
+            _adam.number_or_on_device("lr", group["lr"]),
+            _adam.number_or_on_device("weight_decay", group["weight_decay"]),
+            _adam.beta("betas[0]", beta1),
+            _adam.beta("betas[1]", beta2),
             float(group["eps"]),
             bool(group["maximize"]),
         )
@@ -125,23 +130,24 @@ def param_groups_step(
     _adam.param_groups_step(
         plan,
         param_groups,
-        begin=lambda: plan.begin(scale),
+        begin=lambda: plan.begin(scale, found_inf, None, True),
         add_group=add_group,
         init_state=init_state,
-        launch=None if skip else lambda: plan.launch(get_num_threads()),
+        launch=None if skip else launch,
     )
 
 
-def _launch_cpu(
+def _launch_kernels(
     plan: _C.BlockwiseAdamPlan,
     lists: dict[str, Sequence[Any]],
     kinds: list[Any],
     step: Any,
-    scale: float,
+    scale: Any,
     options: dict[str, Any],
+    stream: int | None,
 ) -> None:
     _adam.bump_written(lists)
-    plan.launch(get_num_threads())
+    _adam.launch(plan, "blockwise_adam_step", stream=stream, backend="cuda")
 
 
 def _launch_reference(
@@ -151,6 +157,7 @@ def _launch_reference(
     step: Any,
     scale: float,
     options: dict[str, Any],
+    stream: int | None,
 ) -> None:
     _adam.launch_reference(
         reference.blockwise_adam_step, lists, step, scale, options, partitions=kinds
@@ -159,6 +166,8 @@ def _launch_reference(
 
 OPERATION = backends.register(
     backends.Operation(
-        "blockwise_adam_step", {"cpu": _launch_cpu, "reference": _launch_reference}, DTYPES
+        "blockwise_adam_step",
+        {"cpu": _launch_kernels, "cuda": _launch_kernels, "reference": _launch_reference},
+        DTYPES,
     )
 )

@@ -1,13 +1,13 @@
-// AdamW's rows on one GPU: their table, their numbers as kernels take them, and the launch.
+// The rows of one plan on one GPU: their table, their numbers as kernels take them, and what its launches share.
 #pragma once
 #include "binding/table.h"
 #include "cuda/adamw.h"
 
 namespace fusedopt {
 
-class AdamWGpuRows {
+class AdamGpuRows {
  public:
-  AdamWGpuRows(dlpack::Device device, unsigned writes) : device(device), table(AdamWRole::kCount, writes) { clear(); }
+  AdamGpuRows(dlpack::Device device, const TableBuilder& empty) : device(device), table(empty) { clear(); }
 
   void clear();
   bool used() const { return !options_.empty() || !counters_.empty(); }
@@ -15,10 +15,14 @@ class AdamWGpuRows {
   int32_t index_of(const cuda::AdamWDeviceOptions& options);
   void add_counter(cuda::DeviceNumber counter) { counters_.push_back(counter); }
 
-  // What the launch needs beside its arrays; nothing where all numbers come from the host.
-  int64_t workspace_bytes(const cuda::AdamWLossScale& loss_scale) const;
-  // Throws RuntimeError naming the device and what was built for if the launch fails.
-  void launch(const cuda::AdamWLossScale& loss_scale, void* workspace, cudaStream_t stream) const;
+  // Whether some of the launch's numbers lie on the device.
+  bool reads_device(const cuda::AdamWLossScale& loss_scale) const;
+  const std::vector<cuda::AdamWDeviceOptions>& options() const { return options_; }
+  const std::vector<cuda::DeviceNumber>& counters() const { return counters_; }
+  // Where all numbers come from the host.
+  std::vector<AdamWScalars<double>> host_scalars(const cuda::AdamWLossScale& loss_scale) const;
+  // Throws if a launch that needs memory beside its arrays got none.
+  void check_workspace(const void* workspace) const;
   // For a launch from Python: (rows, layouts, scalars) where all numbers come from the host, else (rows, layouts,
   // options, counters, loss scale) in the words of triton_kernels/adamw.py.
   py::tuple packed(const cuda::AdamWLossScale& loss_scale) const;
@@ -28,9 +32,6 @@ class AdamWGpuRows {
   PyObject* first = nullptr;  // the first row's parameter, borrowed: its library knows the current stream
 
  private:
-  bool reads_device(const cuda::AdamWLossScale& loss_scale) const;
-  std::vector<AdamWScalars<double>> host_scalars(const cuda::AdamWLossScale& loss_scale) const;
-
   std::vector<cuda::AdamWDeviceOptions> options_;
   std::vector<cuda::DeviceNumber> counters_;
 };
