@@ -1,31 +1,19 @@
 // AdamW on a GPU. Nothing here allocates or synchronises, so all of it can be captured in a CUDA graph; a graph replays
 // the arrays' addresses and whatever numbers came from the host.
 #pragma once
-#include "common/status.h"
 #include "common/tensor_table.h"
-#include "cuda/device_number.h"
-#include "cuda/stream.h"
-#include "math/adamw.h"
+#include "cuda/adam_scalars.h"
 
 namespace fusedopt::cuda {
 
 // One step over the table; row.scalars is an index into `scalars`, which is host memory.
 Status launch_adamw(const TensorTable& table, const AdamWScalars<double>* scalars, cudaStream_t stream);
 
-struct AdamWDeviceOptions {
-  AdamWOptions options;
-  DeviceNumber lr, weight_decay;  // replace those of options, where there are any
-  DeviceNumber step;              // counts the steps taken; one of the launch's counters
-  int64_t host_step;              // this step's number, where there is no counter
-};
+struct ScalarsSource;  // adam_scalars.cuh
+// The same for kernels that build on this one, with scalars from either side.
+Status launch_adamw(const TensorTable& table, const ScalarsSource& source, cudaStream_t stream);
 
 int64_t adamw_workspace_bytes(int64_t options_size);
-
-struct AdamWLossScale {  // what gradients are to be divided by, and whether one of them is not finite
-  double inv_grad_scale;
-  DeviceNumber grad_scale;  // replaces 1 / inv_grad_scale, if there is one
-  DeviceNumber found_inf;
-};
 
 // The same with numbers that stay on the device ("capturable"): adds one to each counter, then takes the step that it
 // counts. If found_inf holds anything but 0, counters and arrays stay as they are.

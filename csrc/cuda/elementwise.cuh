@@ -68,9 +68,10 @@ static_assert(sizeof(KindHead) == sizeof(uint64_t));
 
 // ---- host: packing
 
-class RowPacker {
+// Packs rows of any sort: one word for each of `roles`, and kinds.
+class TablePacker {
  public:
-  explicit RowPacker(int roles) {
+  explicit TablePacker(int roles) {
     rows_.roles = roles;
     clear();
   }
@@ -83,22 +84,43 @@ class RowPacker {
 
   const RowTable& rows() const { return rows_; }
 
+ protected:
+  // Whether a row fits beside those already here; kind_words: 0 if it has the kind of the row before it.
+  bool fits(int64_t thread_blocks, int64_t kind_words) const {
+    return (rows_.size + 1) * (rows_.roles + 1) + kind_words <= free_ &&
+           thread_blocks <= INT32_MAX - int64_t(rows_.thread_blocks);
+  }
+  uint64_t* add_kind(int64_t kind_words) { return rows_.words + (free_ -= kind_words); }
+  void add_row(const uint64_t* row, int64_t thread_blocks, int64_t last, int head) {
+    uint64_t* words = rows_.words + rows_.size++ * (rows_.roles + 1);
+    std::copy_n(row, rows_.roles, words);
+    words[rows_.roles] = Place{rows_.thread_blocks, uint32_t(free_), uint32_t(last), uint32_t(head)}.pack();
+    rows_.thread_blocks += uint32_t(thread_blocks);
+  }
+
+ private:
+  RowTable rows_;
+  int64_t free_;  // where kinds begin
+};
+
+class RowPacker : public TablePacker {
+ public:
+  using TablePacker::TablePacker;
+
   // False, and nothing changed, if the row does not fit beside those already here.
   template <typename Record>
   bool add(const TensorTable& table, const TensorRow& row, int head, const Record& record) {
+    const int roles = rows().roles;
     const int64_t* layout = row.layout == kFlat ? nullptr : table.layouts + row.layout;
     const int64_t chunks = (row.numel - head + kChunk - 1) / kChunk;
-    const bool shares = rows_.size > 0 && shares_kind(row);
+    const bool shares = rows().size > 0 && shares_kind(row);
     const int64_t ndim = layout ? layout[0] : 0, record_words = (record.bytes() + 7) / 8;
-    const int64_t kind_words = shares ? 0 : 1 + record_words + ndim * (1 + rows_.roles);
-    if ((rows_.size + 1) * (rows_.roles + 1) + kind_words > free_ || ndim > 255) return false;
-    if (chunks > INT32_MAX - int64_t(rows_.thread_blocks)) return false;
-    if (!shares) add_kind(row, layout, record, record_words, free_ - kind_words);
-    uint64_t* words = rows_.words + rows_.size++ * (rows_.roles + 1);
-    for (int role = 0; role < rows_.roles; ++role) words[role] = reinterpret_cast<uintptr_t>(row.data[role]);
-    const int64_t last = row.numel - head - (chunks - 1) * kChunk;
-    words[rows_.roles] = Place{rows_.thread_blocks, uint32_t(free_), uint32_t(last), uint32_t(head)}.pack();
-    rows_.thread_blocks += uint32_t(chunks);
+    const int64_t kind_words = shares ? 0 : 1 + record_words + ndim * (1 + roles);
+    if (ndim > 255 || !fits(chunks, kind_words)) return false;
+    if (!shares) write_kind(row, layout, record, record_words, add_kind(kind_words));
+    uint64_t words[kMaxRoles];
+    for (int role = 0; role < roles; ++role) words[role] = reinterpret_cast<uintptr_t>(row.data[role]);
+    add_row(words, chunks, row.numel - head - (chunks - 1) * kChunk, head);
     last_ = &row;
     return true;
   }
@@ -110,21 +132,19 @@ class RowPacker {
   }
 
   template <typename Record>
-  void add_kind(const TensorRow& row, const int64_t* layout, const Record& record, int64_t record_words, int64_t at) {
+  void write_kind(const TensorRow& row, const int64_t* layout, const Record& record, int64_t record_words,
+                  uint64_t* words) const {
     static_assert(std::is_trivially_copyable_v<Record>);
     KindHead head = {};
     memcpy(head.dtype, row.dtype, sizeof head.dtype);
     head.record_words = uint8_t(record_words);
     head.ndim = uint8_t(layout ? layout[0] : 0);
-    memcpy(rows_.words + at, &head, sizeof head);
-    memcpy(rows_.words + at + 1, &record, record.bytes());
-    const int64_t layout_words = head.ndim * int64_t(1 + rows_.roles);
-    if (layout) memcpy(rows_.words + at + 1 + record_words, layout + 1, layout_words * sizeof(int64_t));
-    free_ = at;
+    memcpy(words, &head, sizeof head);
+    memcpy(words + 1, &record, record.bytes());
+    const int64_t layout_words = head.ndim * int64_t(1 + rows().roles);
+    if (layout) memcpy(words + 1 + record_words, layout + 1, layout_words * sizeof(int64_t));
   }
 
-  RowTable rows_;
-  int64_t free_;  // where kinds begin
   const TensorRow* last_ = nullptr;
 };
 
@@ -164,8 +184,15 @@ struct Chunk {
   int head;  // elements before it that are this chunk's too
 };
 
+struct FoundRow {
+  const uint64_t* words;
+  Place place;
+  uint32_t index;  // of this thread block among the row's
+  bool last;
+};
+
 // The last row that starts at or before this thread block.
-__device__ inline Chunk find_chunk(const RowTable& rows) {
+__device__ inline FoundRow find_row(const RowTable& rows) {
   int low = 0, high = rows.size;
   while (high - low > 1) {
     const int middle = (low + high) / 2;
@@ -173,9 +200,13 @@ __device__ inline Chunk find_chunk(const RowTable& rows) {
   }
   const Place place = Place::unpack(rows.row(low)[rows.roles]);
   const uint32_t end = low + 1 < rows.size ? uint32_t(rows.row(low + 1)[rows.roles]) : rows.thread_blocks;
-  const uint32_t index = blockIdx.x - place.first_thread_block;
-  return {rows.row(low), rows.words + place.kind, int64_t(index) * kChunk + place.head,
-          blockIdx.x + 1 == end ? int(place.last) : kChunk, index == 0 ? int(place.head) : 0};
+  return {rows.row(low), place, blockIdx.x - place.first_thread_block, blockIdx.x + 1 == end};
+}
+
+__device__ inline Chunk find_chunk(const RowTable& rows) {
+  const auto [row, place, index, last] = find_row(rows);
+  return {row, rows.words + place.kind, int64_t(index) * kChunk + place.head, last ? int(place.last) : kChunk,
+          index == 0 ? int(place.head) : 0};
 }
 
 // ---- flat rows
@@ -458,9 +489,10 @@ struct FormatList {
 };
 
 template <typename Kernel>
-inline Status launch_packed(Kernel* kernel, const RowTable& rows, cudaStream_t stream) {
+inline Status launch_packed(Kernel* kernel, const RowTable& rows, cudaStream_t stream, int threads = kThreads,
+                            size_t smem_bytes = 0) {
   if (rows.size == 0) return {};
-  return status_of(launch(kernel, dim3(rows.thread_blocks), dim3(kThreads), 0, stream, rows));
+  return status_of(launch(kernel, dim3(rows.thread_blocks), dim3(threads), smem_bytes, stream, rows));
 }
 
 // Launches a kernel over the rows of one class, as many at a time as fit.

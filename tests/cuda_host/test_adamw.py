@@ -10,46 +10,48 @@ import re
 import subprocess
 import sys
 
-import ml_dtypes
 import numpy as np
 import pytest
 
 import fusedopt
 from cuda_host import build as shim
+from cuda_host.adam_arrays import (
+    BF16,
+    CODES,
+    COUNTERS,
+    F16,
+    F32,
+    F64,
+    FLOATS,
+    MAX_ROLES,
+    OPTIONS,
+    SEEDS,
+    DeviceNumber,
+    Options,
+    compare,
+    copy_of,
+    launches,
+    placed,
+)
 from fusedopt import _C
 
 # A process has ASan from its start or not at all: this file runs itself once more under it.
 SANITIZE = "address" if "libasan" in os.environ.get("LD_PRELOAD", "") else None
 SOURCES = [
+    shim.CSRC / "cuda/adam_scalars.cu",
     shim.CSRC / "cuda/adamw.cu",
     shim.CSRC / "cuda/device_number.cu",
     shim.HERE / "adamw_entry.cu",
 ]
 SIZES = [0, 1, 3, 31, 32, 33, 255, 4097, 10007]
-SEEDS = [0, 1, 2, 3]  # threads in ascending, descending and two random orders
-F32, F64, F16 = (np.dtype(name) for name in ("float32", "float64", "float16"))
-BF16 = np.dtype(ml_dtypes.bfloat16)
-FLOATS = [F32, F64, BF16, F16]
-COUNTERS = [F32, F64, np.dtype("int32"), np.dtype("int64")]
-CODES = {F32: 0, F64: 1, BF16: 2, F16: 3, COUNTERS[2]: 4, COUNTERS[3]: 5}  # enum class DType
 COMBINATIONS = [
     (p, g, *states)
     for p, g in itertools.product(FLOATS, FLOATS)
     for states in [(p, p), (F32, F32), (BF16, BF16), (F32, BF16)]
 ]
-OPTIONS = {"lr": 0.02, "betas": (0.85, 0.97), "eps": 1e-6, "weight_decay": 0.1}
-MAX_ROLES = 6
-
 pytestmark = pytest.mark.skipif(
     "avx2" not in _C.available_isas(), reason="the CPU backend has no fma here"
 )
-
-
-class Options(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_double) for name in ("lr", "beta1", "beta2", "eps", "weight_decay")),
-        ("maximize", ctypes.c_bool),
-    ]
 
 
 class Arrays(ctypes.Structure):
@@ -62,14 +64,6 @@ class Arrays(ctypes.Structure):
         ("inv_grad_scale", ctypes.c_double),
         ("shared_scalars", ctypes.c_int64),
     ]
-
-
-class DeviceNumber(ctypes.Structure):
-    _fields_ = [("data", ctypes.c_void_p), ("dtype", ctypes.c_uint8)]
-
-    @classmethod
-    def of(cls, array):
-        return cls() if array is None else cls(array.ctypes.data, CODES[array.dtype])
 
 
 @pytest.fixture(scope="module")
@@ -192,12 +186,6 @@ def cpu_step(rows, *, step=1, **options):
         fusedopt.adamw_step(*lists[:4], max_exp_avg_sqs=maxima, backend="cpu", **own)
 
 
-def bits(x):
-    """The elements as whole numbers, every NaN the same."""
-    numbers = np.ascontiguousarray(x).view(f"u{x.itemsize}")
-    return np.where(np.isnan(x), np.iinfo(numbers.dtype).max, numbers)
-
-
 def check(library, rows, capturable=None, **options):
     """One step on both sides, from the same values: every array must have the same bits."""
     options = {**OPTIONS, **options}
@@ -207,32 +195,7 @@ def check(library, rows, capturable=None, **options):
     compare(rows, want)
 
 
-def compare(rows, want):
-    for i, (got, expected) in enumerate(zip(rows, want, strict=True)):
-        for role, (a, b) in enumerate(zip(got, expected, strict=True)):
-            np.testing.assert_array_equal(bits(a), bits(b), err_msg=f"row {i}, role {role}")
-
-
 # ---- inputs
-
-
-def placed(values, dtype, offset=0):
-    """A copy that starts `offset` elements behind a 16-byte boundary and ends with its memory."""
-    values = np.asarray(values).astype(dtype)
-    # ASan reports what lies behind the last byte, if that is the end of an allocation.
-    room = np.empty(offset * dtype.itemsize + values.nbytes, np.uint8)
-    assert room.ctypes.data % 16 == 0
-    out = room[offset * dtype.itemsize :].view(dtype)
-    out[:] = values.ravel()
-    return out.reshape(values.shape)
-
-
-def copy_of(x):
-    """A copy with the same order of axes."""
-    axes = sorted(range(x.ndim), key=lambda d: -abs(x.strides[d]))
-    copy = np.empty([x.shape[d] for d in axes], x.dtype).transpose(np.argsort(axes))
-    copy[...] = x
-    return copy
 
 
 def make_row(rng, shape, dtypes, amsgrad=False, offsets=(0,) * 5):
@@ -325,10 +288,6 @@ def test_offsets_beyond_32_bits(library):
 
     rng = np.random.default_rng(0)
     check(library, [[spread(x) for x in make_row(rng, 2, (F32,) * 4)]])
-
-
-def launches(library):
-    return [line.split("(")[0] for line in library.cuda_host_take_launches().decode().splitlines()]
 
 
 @pytest.mark.parametrize("dtypes", [(F32,) * 4, (F32, F64, F32, F32)], ids=["fast", "any"])
