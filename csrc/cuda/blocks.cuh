@@ -21,10 +21,8 @@ constexpr int64_t kPiece = 8 * kSpan;           // elements of a tile that is a 
 constexpr int kWholeTile = 1 << 30;             // a tile's group if the tile is no more than one block
 static_assert(kUnit == kMaxHead);
 
-template <typename S>
-constexpr int64_t kOnePassElements = 32768 / sizeof(S);  // of the largest block that is read once: in shared memory
-template <typename S>
-constexpr int64_t kOnePassTile = kOnePassElements<S> / 2;  // elements of a tile of smaller blocks
+// The largest block that is read once: its gradient fits in shared memory. Tiles of smaller blocks have half of it.
+constexpr int64_t one_pass_elements(int64_t arithmetic_bytes) { return 32768 / arithmetic_bytes; }
 
 struct BlockSplit {
   int64_t rows, columns, stride, group;  // the region's
@@ -70,9 +68,8 @@ inline BlockSplit split_two_passes(const BlockRegion& r) {
   return split;
 }
 
-template <typename S>
-inline BlockSplit split_one_pass(const BlockRegion& r) {
-  return split_columns(r, std::max(r.group, kOnePassTile<S>));
+inline BlockSplit split_one_pass(const BlockRegion& r, int64_t arithmetic_bytes) {
+  return split_columns(r, std::max(r.group, one_pass_elements(arithmetic_bytes) / 2));
 }
 
 // ---- device: a tile
@@ -140,7 +137,8 @@ struct TileUnit {
 
 template <typename F>
 __device__ inline void for_each_unit(const Tile& tile, F f) {
-  const int per_row = tile.units_per_row(), units = tile.rows * per_row;
+  const int per_row = tile.units_per_row();
+  const int units = tile.run ? (tile.count + kUnit - 1) / kUnit : tile.rows * per_row;
 #pragma unroll 1
   for (int i = threadIdx.x; i < units; i += kBlockThreads) {
     const int row = i / per_row;

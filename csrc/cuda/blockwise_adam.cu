@@ -1,8 +1,9 @@
 // Blockwise Adam on a GPU: the formula of math/blockwise_adam.h over a tensor table with blocks.
 //
-// Two passes, 24 bytes per element in fp32: sums of squares by tile, in double; from them, in a fixed order, each
-// block's second moment and rate; then the update. Blocks of one coordinate are AdamW's kernels. No division and no
-// root per element: memory-bound.
+// One pass, 20 bytes per element in fp32, over whole blocks whose gradient waits in shared memory while its squares are
+// added up, in double. Two passes, 24 bytes, for larger blocks, columns, blocks over several tensors, and tensors with
+// strides: the sums of each tile; from them, in a fixed order, each block's second moment and rate; then the update.
+// Blocks of one coordinate are AdamW's kernels. No division and no root per element: memory-bound.
 #define FUSEDOPT_TARGET cuda
 #include <vector>
 
@@ -142,6 +143,25 @@ __device__ void load_grads(const Region& region, const TileUnit& unit, bool vect
   }
 }
 
+// A unit in shared memory, 16 bytes at a time.
+template <typename S>
+constexpr int kUnitVectors = kUnit * int(sizeof(S)) / kVectorBytes;
+
+template <typename S>
+__device__ void write_staged(S* to, const S (&x)[kUnit]) {
+  uint4 pieces[kUnitVectors<S>];
+  memcpy(pieces, x, sizeof pieces);
+#pragma unroll
+  for (int i = 0; i < kUnitVectors<S>; ++i) reinterpret_cast<uint4*>(to)[i] = pieces[i];
+}
+template <typename S>
+__device__ void read_staged(const S* from, S (&x)[kUnit]) {
+  uint4 pieces[kUnitVectors<S>];
+#pragma unroll
+  for (int i = 0; i < kUnitVectors<S>; ++i) pieces[i] = reinterpret_cast<const uint4*>(from)[i];
+  memcpy(x, pieces, sizeof pieces);
+}
+
 // ---- device: the update
 
 template <typename S>
@@ -173,9 +193,10 @@ __device__ void rates_of_unit(const Tile& tile, const TileUnit& unit, const S* r
   }
 }
 
-// A tile of moments and parameters.
-template <typename S>
-__device__ void update_tile(const Region& region, const Tile& tile, const S* rates, const StepScalars<S>& k) {
+// A tile of moments and parameters. kStaged: its gradients lie in shared memory.
+template <bool kStaged, typename S>
+__device__ void update_tile(const Region& region, const Tile& tile, const S* staged, const S* rates,
+                            const StepScalars<S>& k) {
   const DType* dtype = region.kind.dtype;
   const bool vectors = region.has_vectors<S>(tile, Role::kParam, Role::kExpAvg);
   for_each_unit(tile, [&](const TileUnit& unit) {
@@ -185,11 +206,14 @@ __device__ void update_tile(const Region& region, const Tile& tile, const S* rat
                             region.data(Role::kExpAvg, unit.at)};
       RawUnit<S> raw[kElementRoles];
 #pragma unroll
-      for (int role = 0; role < kElementRoles; ++role) load_unit<S>(dtype[role], data[role], raw[role]);
+      for (int role = 0; role < kElementRoles; ++role)
+        if (!kStaged || role != Role::kGrad) load_unit<S>(dtype[role], data[role], raw[role]);
       rates_of_unit(tile, unit, rates, rate);
       S x[kElementRoles][kUnit];
+      if (kStaged) read_staged(staged + unit.index, x[Role::kGrad]);
 #pragma unroll
-      for (int role = 0; role < kElementRoles; ++role) decode_unit<S>(dtype[role], raw[role], x[role]);
+      for (int role = 0; role < kElementRoles; ++role)
+        if (!kStaged || role != Role::kGrad) decode_unit<S>(dtype[role], raw[role], x[role]);
 #pragma unroll
       for (int j = 0; j < kUnit; ++j) step(x[Role::kParam][j], x[Role::kGrad][j], x[Role::kExpAvg][j], rate[j], k);
       store_unit<S>(dtype[Role::kParam], data[Role::kParam], x[Role::kParam]);
@@ -205,7 +229,8 @@ __device__ void update_tile(const Region& region, const Tile& tile, const S* rat
       S x[kElementRoles];
 #pragma unroll
       for (int role = 0; role < kElementRoles; ++role)
-        x[role] = load_any<S>(dtype[role], address<void>(region.row, role), at[role]);
+        x[role] = kStaged && role == Role::kGrad ? staged[unit.index + j]
+                                                 : load_any<S>(dtype[role], address<void>(region.row, role), at[role]);
       step(x[Role::kParam], x[Role::kGrad], x[Role::kExpAvg], rate[j], k);
       for (const int role : {int(Role::kParam), int(Role::kExpAvg)})
         store_any(dtype[role], address<void>(region.row, role), at[role], x[role]);
@@ -219,6 +244,57 @@ __device__ double update_block(float* block_sq, double sum, double count, const 
   const double rate = blockwise_adam_rate(v, sum, k.grad_weight / count, k);
   *block_sq = float(v);
   return rate;
+}
+
+// ---- one pass
+
+// Elements of shared memory: the tile's gradients in whole units, then its blocks' rates.
+HOST_DEVICE inline int64_t staged_size(int64_t count) { return (count + kUnit - 1) / kUnit * kUnit; }
+inline int64_t staged_elements(const BlockSplit& split) {
+  return staged_size(split.width + kUnit - 1) + split.blocks_per_tile;
+}
+
+// The tile's gradients to shared memory; the rest of what its update needs is asked for meanwhile.
+template <typename S>
+__device__ void stage_grads(const Region& region, const Tile& tile, S* staged) {
+  const bool vectors = region.has_vectors<S>(tile, Role::kGrad, Role::kGrad);
+  for_each_unit(tile, [&](const TileUnit& unit) {
+    S x[kUnit];
+    load_grads<S>(region, unit, vectors, x);
+    if (unit.whole()) {
+      prefetch_l2(region.data(Role::kParam, unit.at));
+      prefetch_l2(region.data(Role::kExpAvg, unit.at));
+    }
+    write_staged(staged + unit.index, x);
+  });
+}
+
+template <typename S>
+__global__ void __launch_bounds__(kBlockThreads, sizeof(S) == 8 ? 2 : 4)
+    block_one_pass_kernel(const RowTable __grid_constant__ rows) {
+  DYNAMIC_SMEM(S, staged);
+  const Region region(rows);
+  AdamWScalars<double> k;
+  if (!region.scalars(k)) return;
+  const Tile tile(region.kind.split, region.index, region.head);
+  stage_grads(region, tile, staged);
+  __syncthreads();
+  S* const rates = staged + staged_size(tile.count);
+  float* const block_sq = address<float>(region.row, kBlockSq) + tile.block;
+  const int width = tile.count - tile.lead;
+  const auto size_of_block = [&](int block) {
+    const int left = width - block * tile.group;
+    return left < tile.group ? left : tile.group;
+  };
+  sum_blocks(
+      tile.blocks, size_of_block,
+      [&](int block, int64_t i, double sum) {
+        const double x = staged[tile.lead + block * tile.group + int(i)];
+        return fma(x, x, sum);
+      },
+      [&](int block, double sum) { rates[block] = S(update_block(block_sq + block, sum, size_of_block(block), k)); });
+  __syncthreads();
+  update_tile<true, S>(region, tile, staged, rates, StepScalars<S>(k));
 }
 
 // ---- two passes
@@ -316,7 +392,7 @@ __global__ void __launch_bounds__(kBlockThreads, sizeof(S) == 8 ? 2 : 3)
   const auto* const from = address<const double>(region.row, kRates) + tile.block;
   for (int i = threadIdx.x; i < tile.blocks; i += kBlockThreads) rates[i] = S(from[i]);
   __syncthreads();
-  update_tile<S>(region, tile, rates, StepScalars<S>(k));
+  update_tile<false, S>(region, tile, nullptr, rates, StepScalars<S>(k));
 }
 
 // ---- blocks of one coordinate in tensors with strides: AdamW
@@ -365,16 +441,23 @@ __global__ void __launch_bounds__(kThreads)
 enum class Way {
   kElements,     // AdamW's kernels
   kCoordinates,  // the same, where the tensor has strides
+  kOnePass,
   kTwoPasses,
 };
 
+int64_t arithmetic_bytes(const TensorRow& row) { return row.dtype[Role::kParam] == DType::kFloat64 ? 8 : 4; }
+
 Way way_of(const TensorRow& row, const BlockRegion& region) {
-  if (region.rows == 1 && region.group == 1 && region.shared == kOwnBlocks)
-    return row.layout == kFlat ? Way::kElements : Way::kCoordinates;
-  return Way::kTwoPasses;
+  const bool flat = row.layout == kFlat;
+  if (region.rows > 1 || region.shared != kOwnBlocks) return Way::kTwoPasses;
+  if (region.group == 1) return flat ? Way::kElements : Way::kCoordinates;
+  return flat && region.group <= one_pass_elements(arithmetic_bytes(row)) ? Way::kOnePass : Way::kTwoPasses;
 }
 
-BlockSplit split_of(const BlockRegion& region) { return split_two_passes(region); }
+BlockSplit split_of(const TensorRow& row, const BlockRegion& region) {
+  return way_of(row, region) == Way::kOnePass ? split_one_pass(region, arithmetic_bytes(row))
+                                              : split_two_passes(region);
+}
 
 template <typename F>  // calls f(row, region, the region's index)
 void for_each_region(const TensorTable& table, F f) {
@@ -403,7 +486,7 @@ struct Workspace {
       if (region.shared == kOwnBlocks) return;
       if (region.shared >= int64_t(shared.size())) shared.resize(region.shared + 1);
       Shared& own = shared[region.shared];
-      own.size += split_of(region).tiles();
+      own.size += split_of(row, region).tiles();
       own.count += double(region.numel());
       if (!own.value) own.value = static_cast<float*>(row.data[Role::kBlockSq]) + region.first_block;
     });
@@ -412,7 +495,7 @@ struct Workspace {
     for (Shared& own : shared) own.parts = size, size += own.size, own.size = 0;
     for_each_region(table, [&](const TensorRow& row, const BlockRegion& region, int64_t i) {
       if (way_of(row, region) != Way::kTwoPasses) return;
-      const BlockSplit split = split_of(region);
+      const BlockSplit split = split_of(row, region);
       const int64_t parts = split.tiles() * split.blocks_per_tile;
       regions[i].rates = size;
       size += region.blocks();
@@ -434,7 +517,7 @@ class RegionPacker : public TablePacker {
 
   // False, and nothing changed, if the row does not fit beside those already here.
   bool add(const uint64_t* row, const RegionKind& kind, int32_t scalars, const int64_t* layout, int64_t thread_blocks,
-           int head) {
+           int head, int64_t smem_bytes) {
     const bool shares = rows().size > 0 && scalars == last_scalars_ && layout == last_layout_ && same(kind, last_);
     const int64_t layout_words = kind.ndim * int64_t(1 + kElementRoles);
     if (!fits(thread_blocks, shares ? 0 : kKindWords + layout_words)) return false;
@@ -445,8 +528,15 @@ class RegionPacker : public TablePacker {
     }
     add_row(row, thread_blocks, 1, head);
     last_ = kind, last_scalars_ = scalars, last_layout_ = layout;
+    smem_bytes_ = std::max(smem_bytes_, smem_bytes);
     return true;
   }
+
+  void clear() {
+    TablePacker::clear();
+    smem_bytes_ = 0;
+  }
+  size_t smem_bytes() const { return size_t(smem_bytes_); }  // the most that a row needs
 
  private:
   // But for scalars and layout.
@@ -455,6 +545,7 @@ class RegionPacker : public TablePacker {
            memcmp(a.dtype, b.dtype, sizeof a.dtype) == 0;
   }
 
+  int64_t smem_bytes_ = 0;
   RegionKind last_ = {};
   int32_t last_scalars_ = 0;
   const int64_t* last_layout_ = nullptr;
@@ -468,6 +559,7 @@ class Launcher {
 
   Status run(const BlockCopies& copies) {
     elements();
+    regions(Way::kOnePass, block_one_pass_kernel<float>, block_one_pass_kernel<double>);
     regions(Way::kCoordinates, block_coordinates_kernel<float>, block_coordinates_kernel<double>);
     regions(Way::kTwoPasses, block_sums_kernel<float>, block_sums_kernel<double>);
     shared_sums();
@@ -499,7 +591,7 @@ class Launcher {
       each_row(
           wide ? of_doubles : of_floats, [](const BlockSplit& split) { return split.tiles(); },
           [&](const TensorRow& row, const BlockRegion& region) {
-            return way_of(row, region) == way && (row.dtype[Role::kParam] == DType::kFloat64) == wide;
+            return way_of(row, region) == way && (arithmetic_bytes(row) == 8) == wide;
           });
   }
   void rates() {
@@ -515,14 +607,17 @@ class Launcher {
   template <typename Kernel, typename ThreadBlocks, typename Chosen>
   void each_row(Kernel* kernel, ThreadBlocks thread_blocks, Chosen chosen) {
     RegionPacker packer;
+    const auto launch_these = [&] {
+      status_ = launch_packed(kernel, packer.rows(), stream_, kBlockThreads, packer.smem_bytes());
+      packer.clear();
+    };
     for_each_region(table_, [&](const TensorRow& row, const BlockRegion& region, int64_t i) {
       if (!status_ || !chosen(row, region) || add(packer, row, region, i, thread_blocks)) return;
-      status_ = launch_packed(kernel, packer.rows(), stream_, kBlockThreads);
-      packer.clear();
+      launch_these();
       if (status_ && !add(packer, row, region, i, thread_blocks))
         status_ = {"an array has too many elements or more than 900 dimensions"};
     });
-    if (status_) status_ = launch_packed(kernel, packer.rows(), stream_, kBlockThreads);
+    if (status_) launch_these();
   }
 
   template <typename ThreadBlocks>
@@ -531,7 +626,7 @@ class Launcher {
     const int64_t* layout = row.layout == kFlat ? nullptr : table_.layouts + row.layout;
     RegionKind kind = {};
     kind.scalars = source_.record<double>(row.scalars);
-    kind.split = split_of(region);
+    kind.split = split_of(row, region);
     if (region.shared != kOwnBlocks) {
       kind.shared_sum = values_ + places_.shared_sums + region.shared;
       kind.shared_count = places_.shared[region.shared].count;
@@ -546,7 +641,9 @@ class Launcher {
     words[kRates] = reinterpret_cast<uintptr_t>(values_ + places_.regions[i].rates);
     words[kParts] = reinterpret_cast<uintptr_t>(values_ + places_.regions[i].parts);
     const int head = layout ? 0 : head_of(begin, kElementRoles);
-    return packer.add(words, kind, row.scalars, layout, thread_blocks(kind.split), head);
+    const bool staged = way_of(row, region) == Way::kOnePass;
+    const int64_t smem_bytes = staged ? staged_elements(kind.split) * arithmetic_bytes(row) : 0;
+    return packer.add(words, kind, row.scalars, layout, thread_blocks(kind.split), head, smem_bytes);
   }
 
   void shared_sums() {

@@ -83,6 +83,10 @@ __device__ inline uint4 ld_global_nc_16(const void* from) {
 }
 __device__ inline uint4 ld_global_cs_16(const void* from) { return __ldcs(static_cast<const uint4*>(from)); }
 __device__ inline void st_global_cs_16(void* to, uint4 v) { __stcs(static_cast<uint4*>(to), v); }
+// Asks for the line at `from` without waiting for it.
+__device__ inline void prefetch_l2(const void* from) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(from)));
+}
 
 // ---- order between thread blocks
 

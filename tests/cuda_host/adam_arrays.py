@@ -1,4 +1,4 @@
-"""What the tests of Adam's CUDA kernels share: arrays, options and numbers as the entries take them."""
+"""What the tests of Adam's CUDA kernels share: arrays, and options as the entries take them."""
 
 from __future__ import annotations
 
