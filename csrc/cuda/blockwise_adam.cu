@@ -116,6 +116,12 @@ __device__ void decode_unit(DType dtype, const RawUnit<S>& raw, S (&x)[kUnit]) {
   with_codec<S>(dtype, [&](auto codec) { raw.template decode<decltype(codec)>(x); });
 }
 template <typename S>
+__device__ void load_grads(const Region& region, const TileUnit& unit, S (&x)[kUnit]) {
+  RawUnit<S> raw;
+  load_unit<S>(region.kind.dtype[Role::kGrad], region.data(Role::kGrad, unit.at), raw);
+  decode_unit<S>(region.kind.dtype[Role::kGrad], raw, x);
+}
+template <typename S>
 __device__ void store_unit(DType dtype, char* to, const S (&x)[kUnit]) {
   with_codec<S>(dtype, [&](auto codec) {
     RawUnit<S> raw;
@@ -124,23 +130,24 @@ __device__ void store_unit(DType dtype, char* to, const S (&x)[kUnit]) {
   });
 }
 
-// A unit of gradients, zero where it has none.
-template <typename S>
-__device__ void load_grads(const Region& region, const TileUnit& unit, bool vectors, S (&x)[kUnit]) {
-  const DType dtype = region.kind.dtype[Role::kGrad];
-  if (vectors && unit.whole()) {
-    RawUnit<S> raw;
-    load_unit<S>(dtype, region.data(Role::kGrad, unit.at), raw);
-    return decode_unit<S>(dtype, raw, x);
-  }
-#pragma unroll
-  for (int j = 0; j < kUnit; ++j) {
-    x[j] = 0;
-    if (j < unit.from || j >= unit.to) continue;
+// Units that are not whole or not aligned, and those of unusual arrays: calls f(j, places) for one element after the
+// other.
+template <typename F>
+__device__ void for_each_element(const Region& region, const TileUnit& unit, F f) {
+#pragma unroll 1
+  for (int j = unit.from; j < unit.to; ++j) {
     int64_t at[kElementRoles];
     region.find(unit.at + j, at);
-    x[j] = load_any<S>(dtype, address<void>(region.row, kGrad), at[Role::kGrad]);
+    f(j, at);
   }
+}
+template <typename S>
+__device__ S load_element(const Region& region, int role, const int64_t (&at)[kElementRoles]) {
+  return load_any<S>(region.kind.dtype[role], address<void>(region.row, role), at[role]);
+}
+template <typename S>
+__device__ void store_element(const Region& region, int role, const int64_t (&at)[kElementRoles], S x) {
+  store_any(region.kind.dtype[role], address<void>(region.row, role), at[role], x);
 }
 
 // A unit in shared memory, 16 bytes at a time.
@@ -181,7 +188,7 @@ __device__ void step(S& param, S grad, S& exp_avg, S rate, const StepScalars<S>&
   blockwise_adam_param(param, exp_avg, rate, k.decay);
 }
 
-// The rate of each of a unit's elements, from those of the tile's blocks.
+// The rates of a unit's elements, from those of the tile's blocks.
 template <typename S>
 __device__ void rates_of_unit(const Tile& tile, const TileUnit& unit, const S* rates, S (&rate)[kUnit]) {
   const int first = unit.in_blocks > 0 ? unit.in_blocks : 0, last = tile.blocks - 1;
@@ -193,48 +200,40 @@ __device__ void rates_of_unit(const Tile& tile, const TileUnit& unit, const S* r
   }
 }
 
+template <bool kStaged, typename S>
+__device__ void update_whole(const Region& region, const Tile& tile, const TileUnit& unit, const S* staged,
+                             const S* rates, const StepScalars<S>& k) {
+  const DType* dtype = region.kind.dtype;
+  RawUnit<S> raw[kElementRoles];  // all on their way before one is waited for
+#pragma unroll
+  for (int role = 0; role < kElementRoles; ++role)
+    if (!kStaged || role != Role::kGrad) load_unit<S>(dtype[role], region.data(role, unit.at), raw[role]);
+  S rate[kUnit], x[kElementRoles][kUnit];
+  rates_of_unit(tile, unit, rates, rate);
+  if (kStaged) read_staged(staged + unit.index, x[Role::kGrad]);
+#pragma unroll
+  for (int role = 0; role < kElementRoles; ++role)
+    if (!kStaged || role != Role::kGrad) decode_unit<S>(dtype[role], raw[role], x[role]);
+#pragma unroll
+  for (int j = 0; j < kUnit; ++j) step(x[Role::kParam][j], x[Role::kGrad][j], x[Role::kExpAvg][j], rate[j], k);
+  store_unit<S>(dtype[Role::kParam], region.data(Role::kParam, unit.at), x[Role::kParam]);
+  store_unit<S>(dtype[Role::kExpAvg], region.data(Role::kExpAvg, unit.at), x[Role::kExpAvg]);
+}
+
 // A tile of moments and parameters. kStaged: its gradients lie in shared memory.
 template <bool kStaged, typename S>
 __device__ void update_tile(const Region& region, const Tile& tile, const S* staged, const S* rates,
                             const StepScalars<S>& k) {
-  const DType* dtype = region.kind.dtype;
   const bool vectors = region.has_vectors<S>(tile, Role::kParam, Role::kExpAvg);
   for_each_unit(tile, [&](const TileUnit& unit) {
-    S rate[kUnit];
-    if (vectors && unit.whole()) {
-      char* const data[] = {region.data(Role::kParam, unit.at), region.data(Role::kGrad, unit.at),
-                            region.data(Role::kExpAvg, unit.at)};
-      RawUnit<S> raw[kElementRoles];
-#pragma unroll
-      for (int role = 0; role < kElementRoles; ++role)
-        if (!kStaged || role != Role::kGrad) load_unit<S>(dtype[role], data[role], raw[role]);
-      rates_of_unit(tile, unit, rates, rate);
-      S x[kElementRoles][kUnit];
-      if (kStaged) read_staged(staged + unit.index, x[Role::kGrad]);
-#pragma unroll
-      for (int role = 0; role < kElementRoles; ++role)
-        if (!kStaged || role != Role::kGrad) decode_unit<S>(dtype[role], raw[role], x[role]);
-#pragma unroll
-      for (int j = 0; j < kUnit; ++j) step(x[Role::kParam][j], x[Role::kGrad][j], x[Role::kExpAvg][j], rate[j], k);
-      store_unit<S>(dtype[Role::kParam], data[Role::kParam], x[Role::kParam]);
-      store_unit<S>(dtype[Role::kExpAvg], data[Role::kExpAvg], x[Role::kExpAvg]);
-      return;
-    }
-    rates_of_unit(tile, unit, rates, rate);
-#pragma unroll
-    for (int j = 0; j < kUnit; ++j) {
-      if (j < unit.from || j >= unit.to) continue;
-      int64_t at[kElementRoles];
-      region.find(unit.at + j, at);
-      S x[kElementRoles];
-#pragma unroll
-      for (int role = 0; role < kElementRoles; ++role)
-        x[role] = kStaged && role == Role::kGrad ? staged[unit.index + j]
-                                                 : load_any<S>(dtype[role], address<void>(region.row, role), at[role]);
-      step(x[Role::kParam], x[Role::kGrad], x[Role::kExpAvg], rate[j], k);
-      for (const int role : {int(Role::kParam), int(Role::kExpAvg)})
-        store_any(dtype[role], address<void>(region.row, role), at[role], x[role]);
-    }
+    if (vectors && unit.whole()) return update_whole<kStaged>(region, tile, unit, staged, rates, k);
+    for_each_element(region, unit, [&](int j, const int64_t(&at)[kElementRoles]) {
+      S param = load_element<S>(region, Role::kParam, at), exp_avg = load_element<S>(region, Role::kExpAvg, at);
+      const S grad = kStaged ? staged[unit.index + j] : load_element<S>(region, Role::kGrad, at);
+      step(param, grad, exp_avg, rates[(unit.in_blocks + j) / tile.group], k);
+      store_element(region, Role::kParam, at, param);
+      store_element(region, Role::kExpAvg, at, exp_avg);
+    });
   });
 }
 
@@ -259,12 +258,14 @@ template <typename S>
 __device__ void stage_grads(const Region& region, const Tile& tile, S* staged) {
   const bool vectors = region.has_vectors<S>(tile, Role::kGrad, Role::kGrad);
   for_each_unit(tile, [&](const TileUnit& unit) {
+    if (!vectors || !unit.whole())
+      return for_each_element(region, unit, [&](int j, const int64_t(&at)[kElementRoles]) {
+        staged[unit.index + j] = load_element<S>(region, Role::kGrad, at);
+      });
     S x[kUnit];
-    load_grads<S>(region, unit, vectors, x);
-    if (unit.whole()) {
-      prefetch_l2(region.data(Role::kParam, unit.at));
-      prefetch_l2(region.data(Role::kExpAvg, unit.at));
-    }
+    load_grads(region, unit, x);
+    prefetch_l2(region.data(Role::kParam, unit.at));
+    prefetch_l2(region.data(Role::kExpAvg, unit.at));
     write_staged(staged + unit.index, x);
   });
 }
@@ -299,6 +300,21 @@ __global__ void __launch_bounds__(kBlockThreads, sizeof(S) == 8 ? 2 : 4)
 
 // ---- two passes
 
+template <typename S>
+__device__ void add_squares(const Region& region, const TileUnit& unit, bool vectors, double (&sum)[kUnit]) {
+  if (!vectors || !unit.whole())
+    return for_each_element(region, unit, [&](int j, const int64_t(&at)[kElementRoles]) {
+      const double x = load_element<S>(region, Role::kGrad, at);
+#pragma unroll
+      for (int i = 0; i < kUnit; ++i)  // so that the sums stay in registers
+        if (i == j) sum[i] = fma(x, x, sum[i]);
+    });
+  S x[kUnit];
+  load_grads(region, unit, x);
+#pragma unroll
+  for (int j = 0; j < kUnit; ++j) sum[j] = fma(double(x[j]), double(x[j]), sum[j]);
+}
+
 // The sum of squared gradients of each block in each tile: [tile][block of the tile].
 template <typename S>
 __global__ void __launch_bounds__(kBlockThreads, sizeof(S) == 8 ? 2 : 3)
@@ -315,12 +331,8 @@ __global__ void __launch_bounds__(kBlockThreads, sizeof(S) == 8 ? 2 : 3)
   const int down = kBlockThreads / across, unit = threadIdx.x & (across - 1);
   double sum[kUnit] = {};
   if (unit < units)
-    for (int row = threadIdx.x / across; row < tile.rows; row += down) {
-      S x[kUnit];
-      load_grads<S>(region, TileUnit(tile, row, unit * kUnit), vectors, x);
-#pragma unroll
-      for (int j = 0; j < kUnit; ++j) sum[j] = fma(double(x[j]), double(x[j]), sum[j]);
-    }
+    for (int row = threadIdx.x / across; row < tile.rows; row += down)
+      add_squares<S>(region, TileUnit(tile, row, unit * kUnit), vectors, sum);
 #pragma unroll
   for (int j = 0; j < kUnit; ++j) sums[j][threadIdx.x] = sum[j];
   __syncthreads();
@@ -398,29 +410,25 @@ __global__ void __launch_bounds__(kBlockThreads, sizeof(S) == 8 ? 2 : 3)
 // ---- blocks of one coordinate in tensors with strides: AdamW
 
 template <typename S>
-__global__ void __launch_bounds__(kBlockThreads, sizeof(S) == 8 ? 2 : 4)
+__global__ void __launch_bounds__(kBlockThreads, sizeof(S) == 8 ? 2 : 3)
     block_coordinates_kernel(const RowTable __grid_constant__ rows) {
   const Region region(rows);
   AdamWScalars<double> scalars;
   if (!region.scalars(scalars)) return;
   const AdamWScalars<S> k = scalars.template as<S>();
   const Tile tile(region.kind.split, region.index, 0);
-  const DType* dtype = region.kind.dtype;
-  for (int i = tile.lead + threadIdx.x; i < tile.count; i += kBlockThreads) {
-    int64_t at[kElementRoles];
-    region.find(tile.begin + i, at);
-    S x[kElementRoles];
-#pragma unroll
-    for (int role = 0; role < kElementRoles; ++role)
-      x[role] = load_any<S>(dtype[role], address<void>(region.row, role), at[role]);
-    float* const block_sq = address<float>(region.row, kBlockSq) + tile.begin + i;
-    S v = *block_sq, no_maximum = v;
-    adamw_moments(x[Role::kGrad], x[Role::kExpAvg], v, no_maximum, false, k);
-    x[Role::kParam] = adamw_param(x[Role::kParam], adamw_direction(x[Role::kExpAvg], adamw_root(v, v, false), k), k);
-    for (const int role : {int(Role::kParam), int(Role::kExpAvg)})
-      store_any(dtype[role], address<void>(region.row, role), at[role], x[role]);
-    *block_sq = float(v);
-  }
+  for_each_unit(tile, [&](const TileUnit& unit) {
+    for_each_element(region, unit, [&](int j, const int64_t(&at)[kElementRoles]) {
+      S param = load_element<S>(region, Role::kParam, at), exp_avg = load_element<S>(region, Role::kExpAvg, at);
+      float* const block_sq = address<float>(region.row, kBlockSq) + unit.at + j;
+      S v = *block_sq, no_maximum = v;
+      adamw_moments(load_element<S>(region, Role::kGrad, at), exp_avg, v, no_maximum, false, k);
+      param = adamw_param(param, adamw_direction(exp_avg, adamw_root(v, v, false), k), k);
+      store_element(region, Role::kParam, at, param);
+      store_element(region, Role::kExpAvg, at, exp_avg);
+      *block_sq = float(v);
+    });
+  });
 }
 
 // ---- tensors that have no gradient
