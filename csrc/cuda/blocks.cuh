@@ -1,9 +1,9 @@
 // How the blocks of a region are cut into tiles, one for a thread block, and how a thread block walks a tile and adds
 // up what belongs to a block. All of it follows from the region alone, so that every sum has one order.
 //
-// A tile lies in units of 8 consecutive elements. In a region of one row, units begin where 16-byte accesses do; the
-// tile then is a run of whole blocks, or a piece of a single one. In a region of more rows it is a strip of columns:
-// whole blocks or a piece of one, over some rows.
+// A thread takes units of consecutive elements, 16 bytes of the narrowest dtype. In a region of one row, units begin
+// where 16-byte accesses do; the tile then is a run of whole blocks, or a piece of a single one. In a region of more
+// rows it is a strip of columns: whole blocks or a piece of one, over some rows.
 #pragma once
 #include <cstdint>
 #include <numeric>
@@ -14,7 +14,7 @@
 namespace fusedopt::FUSEDOPT_TARGET {
 
 constexpr int kBlockThreads = 256;
-constexpr int kUnit = 8;
+constexpr int kUnit = 8;                        // elements of the widest unit
 constexpr int kSpan = kBlockThreads * kUnit;    // elements that all threads touch at once
 constexpr int64_t kWidestTile = kSpan - kUnit;  // columns of a tile in two passes: a span, wherever it begins
 constexpr int64_t kPiece = 8 * kSpan;           // elements of a tile that is a piece of a block, or several rows
@@ -113,13 +113,14 @@ struct Tile {
     }
   }
 
-  __device__ int units_per_row() const { return (columns + kUnit - 1) / kUnit; }
+  __device__ int units_per_row(int width) const { return (columns + width - 1) / width; }
 };
 
-// 8 elements of a tile, as far as they are its own.
+// kWidth elements of a tile, as far as they are its own.
+template <int kWidth>
 struct TileUnit {
   int64_t at;     // the first one, counted from the region's first
-  int from, to;   // which of the 8
+  int from, to;   // which of them
   int in_blocks;  // of the first one: its place in the tile's blocks, one block after another; may be negative
   int index;      // of the first one in the tile, row by row
 
@@ -129,20 +130,21 @@ struct TileUnit {
     const int left = tile.count - index, width = tile.columns - column;
     from = tile.lead > index ? tile.lead - index : 0;
     to = left < width ? left : width;
-    if (to > kUnit) to = kUnit;
+    if (to > kWidth) to = kWidth;
     in_blocks = tile.run ? index - tile.lead : column;
   }
-  __device__ bool whole() const { return from == 0 && to == kUnit; }
+  __device__ bool whole() const { return from == 0 && to == kWidth; }
 };
 
-template <typename F>
+template <int kWidth, typename F>
 __device__ inline void for_each_unit(const Tile& tile, F f) {
-  const int per_row = tile.units_per_row();
-  const int units = tile.run ? (tile.count + kUnit - 1) / kUnit : tile.rows * per_row;
+  static_assert(kUnit % kWidth == 0);
+  const int per_row = tile.units_per_row(kWidth);
+  const int units = tile.run ? (tile.count + kWidth - 1) / kWidth : tile.rows * per_row;
 #pragma unroll 1
   for (int i = threadIdx.x; i < units; i += kBlockThreads) {
     const int row = i / per_row;
-    f(TileUnit(tile, row, (i - row * per_row) * kUnit));
+    f(TileUnit<kWidth>(tile, row, (i - row * per_row) * kWidth));
   }
 }
 

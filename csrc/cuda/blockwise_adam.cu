@@ -5,6 +5,8 @@
 // strides: the sums of each tile; from them, in a fixed order, each block's second moment and rate; then the update.
 // Blocks of one coordinate are AdamW's kernels. No division and no root per element: memory-bound.
 #define FUSEDOPT_TARGET cuda
+#include <algorithm>
+#include <array>
 #include <vector>
 
 #include "cuda/adam_scalars.cuh"
@@ -73,67 +75,75 @@ struct Region {
   }
 
   // Whether whole units of these roles can be read and written 16 bytes at a time.
-  template <typename S>
+  template <typename S, int kWidth>
   __device__ bool has_vectors(const Tile& tile, int first_role, int last_role) const {
     if (kind.ndim) return false;
     bool vectors = true;
     for (int role = first_role; role <= last_role; ++role) {
       const int size = bytes_of(kind.dtype[role]);
-      vectors &= size <= int(sizeof(S)) && reinterpret_cast<uintptr_t>(data(role, tile.begin)) % kVectorBytes == 0;
+      vectors &= size <= int(sizeof(S)) && size * kWidth >= kVectorBytes;
+      vectors &= reinterpret_cast<uintptr_t>(data(role, tile.begin)) % kVectorBytes == 0;
       vectors &= tile.rows <= 1 || tile.stride * size % kVectorBytes == 0;
     }
     return vectors;
   }
 };
 
-// A unit as it lies in memory, of any dtype no wider than S.
-template <typename S>
-using RawUnit = Raw<kUnit, sizeof(S)>;
-
-template <typename S, typename F>
+// Calls f(codec) for those of which a unit is some 16 bytes, none wider than S.
+template <typename S, int kWidth, typename F>
 __device__ void with_codec(DType dtype, F f) {
+  constexpr bool kNarrow = kWidth * sizeof(uint16_t) >= kVectorBytes;
   switch (dtype) {
     case DType::kFloat64:
       if constexpr (sizeof(S) == sizeof(double)) f(Float64());
       break;
-    case DType::kBFloat16: f(BFloat16()); break;
-    case DType::kFloat16: f(Float16()); break;
+    case DType::kBFloat16:
+      if constexpr (kNarrow) f(BFloat16());
+      break;
+    case DType::kFloat16:
+      if constexpr (kNarrow) f(Float16());
+      break;
     default: f(Float32());
   }
 }
-template <typename S>
-__device__ void load_unit(DType dtype, const char* from, RawUnit<S>& raw) {
+// A unit as it lies in memory, of any dtype no wider than S.
+template <typename S, int kWidth>
+using RawUnit = Raw<kWidth, sizeof(S)>;
+
+template <typename S, int kWidth>
+__device__ void load_unit(DType dtype, const char* from, RawUnit<S, kWidth>& raw) {
   switch (bytes_of(dtype)) {
     case 8:
-      if constexpr (sizeof(S) == sizeof(double)) raw.template load_vector<kUnit * 8>(from);
+      if constexpr (sizeof(S) == sizeof(double)) raw.template load_vector<kWidth * 8>(from);
       break;
-    case 4: raw.template load_vector<kUnit * 4>(from); break;
-    default: raw.template load_vector<kUnit * 2>(from);
+    case 4: raw.template load_vector<kWidth * 4>(from); break;
+    default:
+      if constexpr (kWidth * sizeof(uint16_t) >= kVectorBytes) raw.template load_vector<kWidth * 2>(from);
   }
 }
-template <typename S>
-__device__ void decode_unit(DType dtype, const RawUnit<S>& raw, S (&x)[kUnit]) {
-  with_codec<S>(dtype, [&](auto codec) { raw.template decode<decltype(codec)>(x); });
+template <typename S, int kWidth>
+__device__ void decode_unit(DType dtype, const RawUnit<S, kWidth>& raw, S (&x)[kWidth]) {
+  with_codec<S, kWidth>(dtype, [&](auto codec) { raw.template decode<decltype(codec)>(x); });
 }
-template <typename S>
-__device__ void load_grads(const Region& region, const TileUnit& unit, S (&x)[kUnit]) {
-  RawUnit<S> raw;
-  load_unit<S>(region.kind.dtype[Role::kGrad], region.data(Role::kGrad, unit.at), raw);
-  decode_unit<S>(region.kind.dtype[Role::kGrad], raw, x);
+template <typename S, int kWidth>
+__device__ void load_grads(const Region& region, const TileUnit<kWidth>& unit, S (&x)[kWidth]) {
+  RawUnit<S, kWidth> raw;
+  load_unit<S, kWidth>(region.kind.dtype[Role::kGrad], region.data(Role::kGrad, unit.at), raw);
+  decode_unit<S, kWidth>(region.kind.dtype[Role::kGrad], raw, x);
 }
-template <typename S>
-__device__ void store_unit(DType dtype, char* to, const S (&x)[kUnit]) {
-  with_codec<S>(dtype, [&](auto codec) {
-    RawUnit<S> raw;
+template <typename S, int kWidth>
+__device__ void store_unit(DType dtype, char* to, const S (&x)[kWidth]) {
+  with_codec<S, kWidth>(dtype, [&](auto codec) {
+    RawUnit<S, kWidth> raw;
     raw.template encode<decltype(codec)>(x);
-    raw.template store_vector<kUnit * sizeof(typename decltype(codec)::Stored)>(to);
+    raw.template store_vector<kWidth * sizeof(typename decltype(codec)::Stored)>(to);
   });
 }
 
 // Units that are not whole or not aligned, and those of unusual arrays: calls f(j, places) for one element after the
 // other.
-template <typename F>
-__device__ void for_each_element(const Region& region, const TileUnit& unit, F f) {
+template <int kWidth, typename F>
+__device__ void for_each_element(const Region& region, const TileUnit<kWidth>& unit, F f) {
 #pragma unroll 1
   for (int j = unit.from; j < unit.to; ++j) {
     int64_t at[kElementRoles];
@@ -151,21 +161,18 @@ __device__ void store_element(const Region& region, int role, const int64_t (&at
 }
 
 // A unit in shared memory, 16 bytes at a time.
-template <typename S>
-constexpr int kUnitVectors = kUnit * int(sizeof(S)) / kVectorBytes;
-
-template <typename S>
-__device__ void write_staged(S* to, const S (&x)[kUnit]) {
-  uint4 pieces[kUnitVectors<S>];
+template <typename S, int kWidth>
+__device__ void write_staged(S* to, const S (&x)[kWidth]) {
+  uint4 pieces[kWidth * sizeof(S) / kVectorBytes];
   memcpy(pieces, x, sizeof pieces);
 #pragma unroll
-  for (int i = 0; i < kUnitVectors<S>; ++i) reinterpret_cast<uint4*>(to)[i] = pieces[i];
+  for (const uint4& piece : pieces) reinterpret_cast<uint4*>(to)[&piece - pieces] = piece;
 }
-template <typename S>
-__device__ void read_staged(const S* from, S (&x)[kUnit]) {
-  uint4 pieces[kUnitVectors<S>];
+template <typename S, int kWidth>
+__device__ void read_staged(const S* from, S (&x)[kWidth]) {
+  uint4 pieces[kWidth * sizeof(S) / kVectorBytes];
 #pragma unroll
-  for (int i = 0; i < kUnitVectors<S>; ++i) pieces[i] = reinterpret_cast<const uint4*>(from)[i];
+  for (uint4& piece : pieces) piece = reinterpret_cast<const uint4*>(from)[&piece - pieces];
   memcpy(x, pieces, sizeof pieces);
 }
 
@@ -189,43 +196,43 @@ __device__ void step(S& param, S grad, S& exp_avg, S rate, const StepScalars<S>&
 }
 
 // The rates of a unit's elements, from those of the tile's blocks.
-template <typename S>
-__device__ void rates_of_unit(const Tile& tile, const TileUnit& unit, const S* rates, S (&rate)[kUnit]) {
+template <typename S, int kWidth>
+__device__ void rates_of_unit(const Tile& tile, const TileUnit<kWidth>& unit, const S* rates, S (&rate)[kWidth]) {
   const int first = unit.in_blocks > 0 ? unit.in_blocks : 0, last = tile.blocks - 1;
   int block = first / tile.group, next = (block + 1) * tile.group;
 #pragma unroll
-  for (int j = 0; j < kUnit; ++j) {
+  for (int j = 0; j < kWidth; ++j) {
     if (unit.in_blocks + j == next) ++block, next += tile.group;
     rate[j] = rates[block < last ? block : last];
   }
 }
 
-template <bool kStaged, typename S>
-__device__ void update_whole(const Region& region, const Tile& tile, const TileUnit& unit, const S* staged,
+template <bool kStaged, typename S, int kWidth>
+__device__ void update_whole(const Region& region, const Tile& tile, const TileUnit<kWidth>& unit, const S* staged,
                              const S* rates, const StepScalars<S>& k) {
   const DType* dtype = region.kind.dtype;
-  RawUnit<S> raw[kElementRoles];  // all on their way before one is waited for
+  RawUnit<S, kWidth> raw[kElementRoles];  // all on their way before one is waited for
 #pragma unroll
   for (int role = 0; role < kElementRoles; ++role)
-    if (!kStaged || role != Role::kGrad) load_unit<S>(dtype[role], region.data(role, unit.at), raw[role]);
-  S rate[kUnit], x[kElementRoles][kUnit];
+    if (!kStaged || role != Role::kGrad) load_unit<S, kWidth>(dtype[role], region.data(role, unit.at), raw[role]);
+  S rate[kWidth], x[kElementRoles][kWidth];
   rates_of_unit(tile, unit, rates, rate);
   if (kStaged) read_staged(staged + unit.index, x[Role::kGrad]);
 #pragma unroll
   for (int role = 0; role < kElementRoles; ++role)
-    if (!kStaged || role != Role::kGrad) decode_unit<S>(dtype[role], raw[role], x[role]);
+    if (!kStaged || role != Role::kGrad) decode_unit<S, kWidth>(dtype[role], raw[role], x[role]);
 #pragma unroll
-  for (int j = 0; j < kUnit; ++j) step(x[Role::kParam][j], x[Role::kGrad][j], x[Role::kExpAvg][j], rate[j], k);
-  store_unit<S>(dtype[Role::kParam], region.data(Role::kParam, unit.at), x[Role::kParam]);
-  store_unit<S>(dtype[Role::kExpAvg], region.data(Role::kExpAvg, unit.at), x[Role::kExpAvg]);
+  for (int j = 0; j < kWidth; ++j) step(x[Role::kParam][j], x[Role::kGrad][j], x[Role::kExpAvg][j], rate[j], k);
+  store_unit<S, kWidth>(dtype[Role::kParam], region.data(Role::kParam, unit.at), x[Role::kParam]);
+  store_unit<S, kWidth>(dtype[Role::kExpAvg], region.data(Role::kExpAvg, unit.at), x[Role::kExpAvg]);
 }
 
 // A tile of moments and parameters. kStaged: its gradients lie in shared memory.
-template <bool kStaged, typename S>
+template <bool kStaged, int kWidth, typename S>
 __device__ void update_tile(const Region& region, const Tile& tile, const S* staged, const S* rates,
                             const StepScalars<S>& k) {
-  const bool vectors = region.has_vectors<S>(tile, Role::kParam, Role::kExpAvg);
-  for_each_unit(tile, [&](const TileUnit& unit) {
+  const bool vectors = region.has_vectors<S, kWidth>(tile, Role::kParam, Role::kExpAvg);
+  for_each_unit<kWidth>(tile, [&](const TileUnit<kWidth>& unit) {
     if (vectors && unit.whole()) return update_whole<kStaged>(region, tile, unit, staged, rates, k);
     for_each_element(region, unit, [&](int j, const int64_t(&at)[kElementRoles]) {
       S param = load_element<S>(region, Role::kParam, at), exp_avg = load_element<S>(region, Role::kExpAvg, at);
@@ -254,15 +261,15 @@ inline int64_t staged_elements(const BlockSplit& split) {
 }
 
 // The tile's gradients to shared memory; the rest of what its update needs is asked for meanwhile.
-template <typename S>
+template <int kWidth, typename S>
 __device__ void stage_grads(const Region& region, const Tile& tile, S* staged) {
-  const bool vectors = region.has_vectors<S>(tile, Role::kGrad, Role::kGrad);
-  for_each_unit(tile, [&](const TileUnit& unit) {
+  const bool vectors = region.has_vectors<S, kWidth>(tile, Role::kGrad, Role::kGrad);
+  for_each_unit<kWidth>(tile, [&](const TileUnit<kWidth>& unit) {
     if (!vectors || !unit.whole())
       return for_each_element(region, unit, [&](int j, const int64_t(&at)[kElementRoles]) {
         staged[unit.index + j] = load_element<S>(region, Role::kGrad, at);
       });
-    S x[kUnit];
+    S x[kWidth];
     load_grads(region, unit, x);
     prefetch_l2(region.data(Role::kParam, unit.at));
     prefetch_l2(region.data(Role::kExpAvg, unit.at));
@@ -270,7 +277,7 @@ __device__ void stage_grads(const Region& region, const Tile& tile, S* staged) {
   });
 }
 
-template <typename S>
+template <typename S, int kWidth>
 __global__ void __launch_bounds__(kBlockThreads, sizeof(S) == 8 ? 2 : 4)
     block_one_pass_kernel(const RowTable __grid_constant__ rows) {
   DYNAMIC_SMEM(S, staged);
@@ -278,7 +285,7 @@ __global__ void __launch_bounds__(kBlockThreads, sizeof(S) == 8 ? 2 : 4)
   AdamWScalars<double> k;
   if (!region.scalars(k)) return;
   const Tile tile(region.kind.split, region.index, region.head);
-  stage_grads(region, tile, staged);
+  stage_grads<kWidth>(region, tile, staged);
   __syncthreads();
   S* const rates = staged + staged_size(tile.count);
   float* const block_sq = address<float>(region.row, kBlockSq) + tile.block;
@@ -295,13 +302,13 @@ __global__ void __launch_bounds__(kBlockThreads, sizeof(S) == 8 ? 2 : 4)
       },
       [&](int block, double sum) { rates[block] = S(update_block(block_sq + block, sum, size_of_block(block), k)); });
   __syncthreads();
-  update_tile<true, S>(region, tile, staged, rates, StepScalars<S>(k));
+  update_tile<true, kWidth>(region, tile, staged, rates, StepScalars<S>(k));
 }
 
 // ---- two passes
 
 template <typename S>
-__device__ void add_squares(const Region& region, const TileUnit& unit, bool vectors, double (&sum)[kUnit]) {
+__device__ void add_squares(const Region& region, const TileUnit<kUnit>& unit, bool vectors, double (&sum)[kUnit]) {
   if (!vectors || !unit.whole())
     return for_each_element(region, unit, [&](int j, const int64_t(&at)[kElementRoles]) {
       const double x = load_element<S>(region, Role::kGrad, at);
@@ -324,15 +331,15 @@ __global__ void __launch_bounds__(kBlockThreads, sizeof(S) == 8 ? 2 : 3)
   AdamWScalars<double> scalars;
   if (!region.scalars(scalars)) return;
   const Tile tile(region.kind.split, region.index, region.head);
-  const bool vectors = region.has_vectors<S>(tile, Role::kGrad, Role::kGrad);
-  const int units = tile.units_per_row();
+  const bool vectors = region.has_vectors<S, kUnit>(tile, Role::kGrad, Role::kGrad);
+  const int units = tile.units_per_row(kUnit);
   int across = 1;  // threads to a row
   while (across < units) across *= 2;
   const int down = kBlockThreads / across, unit = threadIdx.x & (across - 1);
   double sum[kUnit] = {};
   if (unit < units)
     for (int row = threadIdx.x / across; row < tile.rows; row += down)
-      add_squares<S>(region, TileUnit(tile, row, unit * kUnit), vectors, sum);
+      add_squares<S>(region, TileUnit<kUnit>(tile, row, unit * kUnit), vectors, sum);
 #pragma unroll
   for (int j = 0; j < kUnit; ++j) sums[j][threadIdx.x] = sum[j];
   __syncthreads();
@@ -393,7 +400,7 @@ __global__ void __launch_bounds__(kBlockThreads, 2) block_rates_kernel(const Row
       });
 }
 
-template <typename S>
+template <typename S, int kWidth>
 __global__ void __launch_bounds__(kBlockThreads, sizeof(S) == 8 ? 2 : 3)
     block_update_kernel(const RowTable __grid_constant__ rows) {
   __shared__ S rates[kSpan];
@@ -402,9 +409,10 @@ __global__ void __launch_bounds__(kBlockThreads, sizeof(S) == 8 ? 2 : 3)
   if (!region.scalars(k)) return;
   const Tile tile(region.kind.split, region.index, region.head);
   const auto* const from = address<const double>(region.row, kRates) + tile.block;
+#pragma unroll 1
   for (int i = threadIdx.x; i < tile.blocks; i += kBlockThreads) rates[i] = S(from[i]);
   __syncthreads();
-  update_tile<false, S>(region, tile, nullptr, rates, StepScalars<S>(k));
+  update_tile<false, kWidth, S>(region, tile, nullptr, rates, StepScalars<S>(k));
 }
 
 // ---- blocks of one coordinate in tensors with strides: AdamW
@@ -417,10 +425,10 @@ __global__ void __launch_bounds__(kBlockThreads, sizeof(S) == 8 ? 2 : 3)
   if (!region.scalars(scalars)) return;
   const AdamWScalars<S> k = scalars.template as<S>();
   const Tile tile(region.kind.split, region.index, 0);
-  for_each_unit(tile, [&](const TileUnit& unit) {
-    for_each_element(region, unit, [&](int j, const int64_t(&at)[kElementRoles]) {
+  for_each_unit<1>(tile, [&](const TileUnit<1>& unit) {
+    for_each_element(region, unit, [&](int, const int64_t(&at)[kElementRoles]) {
       S param = load_element<S>(region, Role::kParam, at), exp_avg = load_element<S>(region, Role::kExpAvg, at);
-      float* const block_sq = address<float>(region.row, kBlockSq) + unit.at + j;
+      float* const block_sq = address<float>(region.row, kBlockSq) + unit.at;
       S v = *block_sq, no_maximum = v;
       adamw_moments(load_element<S>(region, Role::kGrad, at), exp_avg, v, no_maximum, false, k);
       param = adamw_param(param, adamw_direction(exp_avg, adamw_root(v, v, false), k), k);
@@ -454,6 +462,14 @@ enum class Way {
 };
 
 int64_t arithmetic_bytes(const TensorRow& row) { return row.dtype[Role::kParam] == DType::kFloat64 ? 8 : 4; }
+
+// Float in units of 4 elements, in units of 8 where a role has 16 bits, double.
+constexpr int kWidthClasses = 3;
+int width_class(const TensorRow& row) {
+  if (arithmetic_bytes(row) == 8) return 2;
+  return std::any_of(row.dtype, row.dtype + kElementRoles, [](DType dtype) { return size_of(dtype) == 2; });
+}
+using RowKernel = decltype(block_rates_kernel);
 
 Way way_of(const TensorRow& row, const BlockRegion& region) {
   const bool flat = row.layout == kFlat;
@@ -567,12 +583,15 @@ class Launcher {
 
   Status run(const BlockCopies& copies) {
     elements();
-    regions(Way::kOnePass, block_one_pass_kernel<float>, block_one_pass_kernel<double>);
-    regions(Way::kCoordinates, block_coordinates_kernel<float>, block_coordinates_kernel<double>);
-    regions(Way::kTwoPasses, block_sums_kernel<float>, block_sums_kernel<double>);
+    regions(Way::kOnePass,
+            {block_one_pass_kernel<float, 4>, block_one_pass_kernel<float, 8>, block_one_pass_kernel<double, 4>});
+    regions(Way::kCoordinates,
+            {block_coordinates_kernel<float>, block_coordinates_kernel<float>, block_coordinates_kernel<double>});
+    regions(Way::kTwoPasses, {block_sums_kernel<float>, block_sums_kernel<float>, block_sums_kernel<double>});
     shared_sums();
     rates();
-    regions(Way::kTwoPasses, block_update_kernel<float>, block_update_kernel<double>);
+    regions(Way::kTwoPasses,
+            {block_update_kernel<float, 4>, block_update_kernel<float, 8>, block_update_kernel<double, 4>});
     copy(copies);
     return status_;
   }
@@ -592,14 +611,13 @@ class Launcher {
       status_ = launch_adamw({rows.data(), nullptr, nullptr, 0, int64_t(rows.size()), Role::kCount}, source_, stream_);
   }
 
-  // Runs a kernel over the tiles of all regions that go this way, in float or double.
-  template <typename Kernel>
-  void regions(Way way, Kernel* of_floats, Kernel* of_doubles) {
-    for (const bool wide : {false, true})
+  // Runs kernels over the tiles of all regions that go this way, each over the regions of its own width class.
+  void regions(Way way, std::array<RowKernel*, kWidthClasses> kernels) {
+    for (int width = 0; width < kWidthClasses; ++width)
       each_row(
-          wide ? of_doubles : of_floats, [](const BlockSplit& split) { return split.tiles(); },
+          kernels[width], [](const BlockSplit& split) { return split.tiles(); },
           [&](const TensorRow& row, const BlockRegion& region) {
-            return way_of(row, region) == way && (arithmetic_bytes(row) == 8) == wide;
+            return way_of(row, region) == way && width_class(row) == width;
           });
   }
   void rates() {

@@ -431,6 +431,7 @@ template <int kRoles>
 __device__ inline void find_element(const uint64_t* layout, int ndim, int roles, int64_t i, int64_t (&at)[kRoles]) {
 #pragma unroll
   for (int role = 0; role < kRoles; ++role) at[role] = ndim ? 0 : i;
+#pragma unroll 1
   for (int d = ndim - 1; d >= 0; --d) {
     const uint64_t rest = i, size = layout[d];  // most rows are small enough for the short division
     const uint64_t quotient = rest >> 32 || size >> 32 ? rest / size : uint32_t(rest) / uint32_t(size);

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import math
+import mmap
 import os
 import re
 import subprocess
@@ -419,6 +420,23 @@ def test_strides(library, dtypes, layout):
     check(library, rows, kinds)
 
 
+def test_offsets_beyond_32_bits(library):
+    """Elements 8 GiB apart, in memory of which only the pages in use exist."""
+    far = 2**31 + 5
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
+
+    def spread(x):
+        buffer = mmap.mmap(-1, (far + 1) * x.itemsize, flags=flags)
+        out = np.ndarray(2, x.dtype, buffer, strides=(far * x.itemsize,))
+        out[:] = x
+        return out
+
+    rng = np.random.default_rng(0)
+    for kind in ("tensor", "coordinate"):
+        row = make_row(rng, (2,), (F32,) * 3, kind)
+        check(library, [[*map(spread, row[:3]), row[3]]], [kind], steps=1)
+
+
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_misaligned(library, seed, dtype):
     """Every role at its own distance from a 16-byte boundary, or all at the same."""
@@ -610,11 +628,11 @@ def test_every_kernel_runs(library):
     names = shim.kernels_declared([shim.CSRC / "cuda/blockwise_adam.cu"])
     path = shim.build(SOURCES, sanitize="address" if ASAN else None)
     instances = shim.kernels_instantiated(path, names)
-    assert len(instances) == len(names) + INSTANCES_OF_TWO
+    assert len(instances) == len(names) + FURTHER_INSTANCES
     assert instances <= set(library.cuda_host_kernels().decode().splitlines())
 
 
-INSTANCES_OF_TWO = 4  # kernels in float and double
+FURTHER_INSTANCES = 6  # in double, and in units of two widths
 
 
 def test_many_tensors_take_few_launches(library):
@@ -640,7 +658,7 @@ def test_no_races(monkeypatch):
 
 @pytest.mark.skipif(ASAN, reason="this is the sanitised run")
 def test_again_under_asan_and_ubsan():
-    left_out = ("asan", "races", "order", "nothing", "few_launches", "refused")
+    left_out = ("asan", "races", "order", "nothing", "few_launches", "refused", "32_bits")
     chosen = " and ".join(f"not {name}" for name in left_out)
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
     environment = {**shim.sanitizer_env(), "PYTHONMALLOC": "malloc"}
