@@ -71,6 +71,15 @@ def test_accesses_have_16_bytes(measured):
             assert kernel["stores_128"] >= 3 * sum(stores) - stores[-1], (arch, name)
 
 
+def test_blockwise_adam_in_one_pass(measured):
+    """1024 threads on a multiprocessor; gradient, parameter and moment by 16 bytes, in and out."""
+    for arch, kernels in measured.items():
+        kernel = kernels["block_one_pass_kernel<float, 4>"]
+        assert kernel["registers"] <= REGISTERS_OF_FP32, arch
+        assert kernel["loads_128"] >= 3, arch
+        assert kernel["stores_128"] >= 2, arch
+
+
 @pytest.mark.parametrize("source", kernel_budget.SOURCES, ids=lambda path: path.stem)
 def test_ptx_for_later_architectures(source):
     declared = bool(shim.kernels_declared([source])) or "elementwise" in source.read_text()

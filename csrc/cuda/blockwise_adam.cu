@@ -22,9 +22,8 @@ namespace {
 using Role = BlockwiseAdamRole;
 constexpr int kElementRoles = Role::kBlockSq;  // those with a value per element
 
-// A row of the kernels' table is a region: the addresses of its first elements (where the tensor has strides: of the
-// tensor's first), that of its first block's second moment, in the workspace those of the blocks'
-// rates and of the tiles' sums.
+// A row of the kernels' table is a region: the addresses of its first elements (of the tensor's first where the tensor
+// has strides), of its first block's second moment, and in the workspace of its blocks' rates and its tiles' sums.
 enum RowWord { kParam, kGrad, kExpAvg, kBlockSq, kRates, kParts, kRowWords };
 static_assert(kGrad == int(Role::kGrad) && kBlockSq == int(Role::kBlockSq));
 
@@ -641,7 +640,7 @@ class Launcher {
       if (!status_ || !chosen(row, region) || add(packer, row, region, i, thread_blocks)) return;
       launch_these();
       if (status_ && !add(packer, row, region, i, thread_blocks))
-        status_ = {"an array has too many elements or more than 900 dimensions"};
+        status_ = {"an array has too many elements or more than 1000 dimensions"};
     });
     if (status_) launch_these();
   }

@@ -1,9 +1,9 @@
 // Blockwise Adam on a GPU. Nothing here allocates or synchronises, so all of it can be captured in a CUDA graph; a
 // graph replays the arrays' addresses and whatever numbers came from the host.
 //
-// The table travels by value: rows in at most 6 sorts of kernels beside AdamW's (for blocks of one coordinate), each
-// launched once for every 140 regions of flat rows (400 where neighbours are alike in all but addresses), once for
-// about 4000 / (30 + 5 ndim) of rows with strides; and one launch for every 1000 copies, shared blocks, and options.
+// The table travels by value. Blocks of one coordinate take AdamW's launches. The rest takes at most 13 launches and
+// one more for every 130 regions in each of at most three passes (580 regions where neighbours are alike in all but
+// addresses; of d strided dimensions, 4000 / (30 + 4 d)), and one for every 1000 shared blocks and 2000 copies.
 #pragma once
 #include "common/tensor_table.h"
 #include "cuda/adam_scalars.h"
