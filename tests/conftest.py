@@ -10,6 +10,16 @@ from cuda_host import fake_gpu
 if where.FAKE:
     fake_gpu.install(None if where.FAKE == "plain" else where.FAKE)
 
+
+@pytest.fixture
+def one_thread():
+    """torch's threads meet after every operation of its loop, for 15 ms on a busy machine."""
+    from optim_helpers import threads
+
+    with threads(1):
+        yield
+
+
 DEVICES = ["cpu", *([] if where.FAKE else [pytest.param("cuda", marks=pytest.mark.gpu)])]
 
 

@@ -18,11 +18,28 @@ import where
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 STATE_KEYS = ["exp_avg", "exp_avg_sq", "max_exp_avg_sq"]
+EVERY_OPTION = {
+    "lr": 0.02,
+    "betas": (0.8, 0.95),
+    "eps": 1e-3,
+    "weight_decay": 0.3,
+    "amsgrad": True,
+    "maximize": True,
+}
+
+
+def safe(kwargs, dtype):
+    """float16 holds no small eps, and torch's loop would divide zero by zero: so torch's inputs."""
+    return kwargs | {"eps": 0.1} if dtype is torch.float16 else kwargs
 
 
 def torch_loop(params, **kwargs):
     """torch.optim.AdamW's for-loop, whichever implementation the arguments ask for."""
     return torch.optim.AdamW(params, **{**kwargs, "foreach": False, "fused": False})
+
+
+def torch_fused(params, **kwargs):
+    return torch.optim.AdamW(params, **kwargs, fused=True)
 
 
 @contextlib.contextmanager
