@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import importlib.util
 import json
 import os
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.gpu_lab.steps import Outcome, Step, as_records, run_all
+from bench.harness.machine import versions
 
 _ROOT = Path(__file__).resolve().parents[2]
 # cmake and ninja may be Python packages; CUDA's programs need not be on the PATH.
@@ -43,7 +43,7 @@ def run(out: Path, dry: bool) -> int:
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cpus": os.cpu_count(),
         "nvcc": _nvcc(),
-        "versions": _versions(),
+        "versions": versions(_PACKAGES),
         "steps": as_records(outcomes),
         "adamw": _read(out / "adamw.json"),
     }
@@ -142,16 +142,6 @@ def _nvcc() -> str:
     except (OSError, subprocess.SubprocessError) as error:
         return f"missing: {error}"
     return answer.strip().splitlines()[-1]
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "missing"
-    return found
 
 
 def _read(path: Path) -> Any:

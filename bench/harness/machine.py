@@ -9,6 +9,7 @@ import platform
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +50,10 @@ def _caches() -> dict[str, str]:
     return found
 
 
-def _versions() -> dict[str, str]:
-    """Version of every package that takes part; ``missing`` where it is not installed."""
+def versions(packages: Sequence[str]) -> dict[str, str]:
+    """Python's and every package's version; ``missing`` where it is not installed."""
     found = {"python": platform.python_version()}
-    for package in _PACKAGES:
+    for package in packages:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -90,7 +91,7 @@ def describe() -> dict[str, Any]:
         "huge_pages": _read("/sys/kernel/mm/transparent_hugepage/enabled"),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "compiler": _compiler_version(),
-        "versions": _versions(),
+        "versions": versions(_PACKAGES),
     }
 
 
