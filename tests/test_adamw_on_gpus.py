@@ -99,6 +99,10 @@ NUMBERS = {  # what may lie on the device, and what the CPU is told instead
         {"lr": [0.01 * i for i in range(6)]},
     ),
     "weight_decay": ({"weight_decay": torch.tensor(0.25)}, {"weight_decay": 0.25}),
+    "weight_decay of each": (
+        {"weight_decay": [torch.tensor(0.125 * i) for i in range(6)]},
+        {"weight_decay": [0.125 * i for i in range(6)]},
+    ),
     "grad_scale": ({"grad_scale": torch.tensor(24.0)}, {"grad_scale": 24.0}),
     "found_inf of 0": ({"found_inf": torch.tensor(0.0)}, {}),
     "all": (
@@ -408,6 +412,7 @@ def test_a_launch_that_fails_says_where(monkeypatch):
     set_grads(optimizer, draw(params, 1))
     optimizer.step()
     steps = float(optimizer.state[params[0]]["step"])
+    fake_gpu.take_launches()
     monkeypatch.setenv("CUDA_HOST_FAIL", "1")
     with pytest.raises(
         RuntimeError, match=r"launch on cuda:0 \(sm_90\) failed: no kernel image.*80-real"

@@ -29,8 +29,8 @@ struct AdamW {
   }
 
   template <typename S>
-  __device__ static bool prepare(const uint64_t* words, AdamWScalars<S>& k) {
-    return read_scalars(words, k);
+  __device__ static bool prepare(const uint64_t* words, int row, AdamWScalars<S>& k) {
+    return read_scalars(words, row, k);
   }
 
   template <typename S>

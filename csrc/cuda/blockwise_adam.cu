@@ -64,7 +64,7 @@ struct Region {
     index = found.index;
     head = int(found.place.head);
   }
-  __device__ bool scalars(AdamWScalars<double>& k) const { return read_scalars(layout - kKindWords, k); }
+  __device__ bool scalars(AdamWScalars<double>& k) const { return read_scalars(layout - kKindWords, 0, k); }
 
   __device__ char* data(int role, int64_t at) const {
     return address<char>(row, role) + at * bytes_of(kind.dtype[role]);

@@ -3,9 +3,12 @@
 // An algorithm is a class with
 //   kRoles, kWrites, kOptional         how many roles; which are written, which may be absent (bit r is role r)
 //   Scalars<S>, Record<S>              a row's scalars as the formula takes them, and as they travel in the table:
-//                                      a trivially copyable struct with bytes(), how many of its bytes to send
+//                                      a trivially copyable struct with bytes(), how many of its bytes to send, and
+//                                      serve_rows(first, step): whether it can also serve the rows of a table after the
+//                                      first whose scalars' indices go on by equal steps, and does so from now on
 //   record<S>(row)                     host: the row's record
-//   prepare(words, scalars)            device: a record's scalars; false: leave the row alone
+//   prepare(words, row, scalars)       device: the scalars of the table's row of this number from its record's words;
+//                                      false: leave the row alone
 //   update(x..., complete, scalars)    device: one element per role; complete: optional roles are there
 //
 // Rows travel by value, as a kernel parameter: stateless, and right in a CUDA graph. A thread block finds its chunk of
@@ -91,6 +94,7 @@ class TablePacker {
            thread_blocks <= INT32_MAX - int64_t(rows_.thread_blocks);
   }
   uint64_t* add_kind(int64_t kind_words) { return rows_.words + (free_ -= kind_words); }
+  uint64_t* last_kind() { return rows_.words + free_; }
   void add_row(const uint64_t* row, int64_t thread_blocks, int64_t last, int head) {
     uint64_t* words = rows_.words + rows_.size++ * (rows_.roles + 1);
     std::copy_n(row, rows_.roles, words);
@@ -113,11 +117,12 @@ class RowPacker : public TablePacker {
     const int roles = rows().roles;
     const int64_t* layout = row.layout == kFlat ? nullptr : table.layouts + row.layout;
     const int64_t chunks = (row.numel - head + kChunk - 1) / kChunk;
-    const bool shares = rows().size > 0 && shares_kind(row);
+    const bool shares = rows().size > 0 && shares_kind(row, record);
     const int64_t ndim = layout ? layout[0] : 0, record_words = (record.bytes() + 7) / 8;
     const int64_t kind_words = shares ? 0 : 1 + record_words + ndim * (1 + roles);
     if (ndim > 255 || !fits(chunks, kind_words)) return false;
     if (!shares) write_kind(row, layout, record, record_words, add_kind(kind_words));
+    ++kind_rows_;
     uint64_t words[kMaxRoles];
     for (int role = 0; role < roles; ++role) words[role] = reinterpret_cast<uintptr_t>(row.data[role]);
     add_row(words, chunks, row.numel - head - (chunks - 1) * kChunk, head);
@@ -126,14 +131,23 @@ class RowPacker : public TablePacker {
   }
 
  private:
-  bool shares_kind(const TensorRow& row) const {
-    return row.layout == last_->layout && row.scalars == last_->scalars &&
-           memcmp(row.dtype, last_->dtype, sizeof row.dtype) == 0;
+  // Whether the kind of the row before can be this one's too. The second row of a kind settles how scalars go on.
+  template <typename Record>
+  bool shares_kind(const TensorRow& row, Record record) {
+    if (row.layout != last_->layout || memcmp(row.dtype, last_->dtype, sizeof row.dtype) != 0) return false;
+    const int32_t step = row.scalars - last_->scalars;
+    if (kind_rows_ > 1 || step == 0) return step == step_;
+    uint64_t* const words = last_kind() + 1;  // behind the head
+    memcpy(static_cast<void*>(&record), words, record.bytes());
+    if (!record.serve_rows(rows().size - 1, step)) return false;
+    memcpy(words, &record, record.bytes());
+    step_ = step;
+    return true;
   }
 
   template <typename Record>
   void write_kind(const TensorRow& row, const int64_t* layout, const Record& record, int64_t record_words,
-                  uint64_t* words) const {
+                  uint64_t* words) {
     static_assert(std::is_trivially_copyable_v<Record>);
     KindHead head = {};
     memcpy(head.dtype, row.dtype, sizeof head.dtype);
@@ -143,8 +157,10 @@ class RowPacker : public TablePacker {
     memcpy(words + 1, &record, record.bytes());
     const int64_t layout_words = head.ndim * int64_t(1 + rows().roles);
     if (layout) memcpy(words + 1 + record_words, layout + 1, layout_words * sizeof(int64_t));
+    kind_rows_ = step_ = 0;
   }
 
+  int32_t kind_rows_ = 0, step_ = 0;  // of the last kind: its rows, and between their scalars' indices
   const TensorRow* last_ = nullptr;
 };
 
@@ -177,6 +193,7 @@ inline Status check_alignment(const TensorTable& table) {
 // ---- device: where a thread block works
 
 struct Chunk {
+  int number;            // of the row
   const uint64_t* row;   // the roles' addresses
   const uint64_t* kind;  // KindHead, record, layout
   int64_t begin;         // the chunk's first element
@@ -185,6 +202,7 @@ struct Chunk {
 };
 
 struct FoundRow {
+  int number;
   const uint64_t* words;
   Place place;
   uint32_t index;  // of this thread block among the row's
@@ -200,12 +218,16 @@ __device__ inline FoundRow find_row(const RowTable& rows) {
   }
   const Place place = Place::unpack(rows.row(low)[rows.roles]);
   const uint32_t end = low + 1 < rows.size ? uint32_t(rows.row(low + 1)[rows.roles]) : rows.thread_blocks;
-  return {rows.row(low), place, blockIdx.x - place.first_thread_block, blockIdx.x + 1 == end};
+  return {low, rows.row(low), place, blockIdx.x - place.first_thread_block, blockIdx.x + 1 == end};
 }
 
 __device__ inline Chunk find_chunk(const RowTable& rows) {
-  const auto [row, place, index, last] = find_row(rows);
-  return {row, rows.words + place.kind, int64_t(index) * kChunk + place.head, last ? int(place.last) : kChunk,
+  const auto [number, row, place, index, last] = find_row(rows);
+  return {number,
+          row,
+          rows.words + place.kind,
+          int64_t(index) * kChunk + place.head,
+          last ? int(place.last) : kChunk,
           index == 0 ? int(place.head) : 0};
 }
 
@@ -294,7 +316,7 @@ class ChunkRunner<Algorithm, Format<Codecs...>> {
   __device__ static void run(const RowTable& rows) {
     const Chunk chunk = find_chunk(rows);
     Scalars scalars;
-    if (!Algorithm::prepare(chunk.kind + 1, scalars)) return;
+    if (!Algorithm::prepare(chunk.kind + 1, chunk.number, scalars)) return;
     const Roles roles = roles_of(rows, chunk, Indices());
     const int tail = chunk.count % F::kSpan, end = chunk.count - tail;
     if (!roles.all_aligned)
@@ -450,7 +472,7 @@ struct AnyRunner {
   __device__ static void run(const RowTable& rows) {
     const Chunk chunk = find_chunk(rows);
     typename Algorithm::template Scalars<S> scalars;
-    if (!Algorithm::prepare(chunk.kind + 1, scalars)) return;
+    if (!Algorithm::prepare(chunk.kind + 1, chunk.number, scalars)) return;
     KindHead head;
     memcpy(&head, chunk.kind, sizeof head);
     for (int i = threadIdx.x; i < chunk.count; i += kThreads) {

@@ -55,6 +55,7 @@ std::mutex mutex;  // guards what follows: launches may come from any thread
 std::unordered_map<const void*, int> shared_opt_in;
 std::set<std::string> kernels;
 std::string launches, failure;
+int attempted = 0;  // launches since they were taken
 std::atomic<cudaError_t> last_error{cudaSuccess};
 
 int blocks_per_sm(int threads, size_t dynamic_shared) {
@@ -66,7 +67,7 @@ int blocks_per_sm(int threads, size_t dynamic_shared) {
 }
 
 cudaError_t check(const cudaLaunchConfig_t& c, const void* kernel, bool cooperative) {
-  if (std::getenv("CUDA_HOST_FAIL")) return cudaErrorNoKernelImageForDevice;
+  if (++attempted == from_environment("CUDA_HOST_FAIL", 0)) return cudaErrorNoKernelImageForDevice;
   const dim3 g = c.gridDim, b = c.blockDim;
   const int64_t threads = int64_t(b.x) * b.y * b.z;
   if (g.x < 1 || g.x > 0x7fffffffu || g.y < 1 || g.y > 65535 || g.z < 1 || g.z > 65535)
@@ -137,6 +138,7 @@ const char* cuda_host_take_launches() {
   static std::string text;
   text.swap(launches);
   launches.clear();
+  attempted = 0;
   return text.c_str();
 }
 

@@ -49,6 +49,17 @@ COMBINATIONS = [
     for p, g in itertools.product(FLOATS, FLOATS)
     for states in [(p, p), (F32, F32), (BF16, BF16), (F32, BF16)]
 ]
+FORMATS = [  # as in adamw.cu
+    (F32, F32, F32, F32),
+    (F32, F32, BF16, BF16),
+    (F32, BF16, F32, F32),
+    (BF16, BF16, F32, F32),
+    (BF16, F32, F32, F32),
+    (BF16, BF16, BF16, BF16),
+    (F16, F16, F16, F16),
+    (F16, F16, F32, F32),
+    (F64, F64, F64, F64),
+]
 pytestmark = pytest.mark.skipif(
     "avx2" not in _C.available_isas(), reason="the CPU backend has no fma here"
 )
@@ -149,6 +160,18 @@ class Capturable:
     def __init__(self, lr, step, grad_scale=None, found_inf=None):
         self.lr, self.step, self.grad_scale, self.found_inf = lr, step, grad_scale, found_inf
 
+    def replaces(self, options):
+        """What the launcher is told from the host: no number that lies on the device."""
+        numbers = {
+            "lr": [
+                rate if x is None else np.nan
+                for x, rate in zip(self.lr, options["lr"], strict=True)
+            ],
+            "step": [-1] * len(self.step),
+            "grad_scale": 1.0 if self.grad_scale is None else np.nan,
+        }
+        return {**options, **numbers}
+
     def __call__(self, library, arrays):
         def pack(numbers):
             return (DeviceNumber * len(numbers))(*map(DeviceNumber.of, numbers))
@@ -191,7 +214,8 @@ def check(library, rows, capturable=None, **options):
     options = {**OPTIONS, **options}
     want = [[copy_of(x) for x in roles] for roles in rows]
     cpu_step(want, **options)
-    assert launch(library, rows, capturable=capturable, **options) is None
+    told = capturable.replaces(options) if capturable else options
+    assert launch(library, rows, capturable=capturable, **told) is None
     compare(rows, want)
 
 
@@ -223,7 +247,9 @@ def test_every_kernel_runs(library):
     """No instance of a kernel is left out: one row of each combination of dtypes reaches all."""
     rng = np.random.default_rng(0)
     check(library, [make_row(rng, 300, dtypes) for dtypes in COMBINATIONS])
-    check(library, [make_row(rng, 3, COMBINATIONS[0])], Capturable([None], [np.zeros(1)]))
+    check(
+        library, [make_row(rng, 3, COMBINATIONS[0])], Capturable([None], [np.zeros(1)]), lr=[0.02]
+    )
     path = shim.build(SOURCES, sanitize=SANITIZE)
     instances = shim.kernels_instantiated(path, KERNELS)
     assert len(instances) == 13
@@ -297,6 +323,66 @@ def test_many_tensors_take_few_launches(library, dtypes):
     launches(library)
     check(library, rows)
     assert len(launches(library)) <= 3  # 2100 / 700
+
+
+def test_a_counter_of_each_tensor_takes_no_more_tables(library):
+    """Each row has numbers of its own then, in device memory."""
+    rng = np.random.default_rng(0)
+    count = 2100
+    rows = [make_row(rng, int(rng.integers(1, 9)), (F32,) * 4) for _ in range(count)]
+    counters = [np.array([i % 50], F32) for i in range(count)]
+    steps, rates = [1 + i % 50 for i in range(count)], [OPTIONS["lr"]] * count
+    launches(library)
+    check(library, rows, Capturable([None] * count, counters), step=steps, lr=rates)
+    tables = [name for name in launches(library) if "elementwise_kernel" in name]
+    assert len(tables) <= 3  # 2100 / 700
+
+
+@pytest.mark.parametrize("dtypes", FORMATS, ids=lambda d: "-".join(map(str, d[1:])))
+def test_usual_dtypes_have_a_kernel_of_their_own(library, dtypes):
+    """The kernel for any row would be right too: only the launch tells which it was."""
+    rng = np.random.default_rng(0)
+    launches(library)
+    check(library, [make_row(rng, 100, dtypes), make_row(rng, 99, dtypes, offsets=(1,) * 5)])
+    check(library, [make_row(rng, 100, dtypes, amsgrad=True)])
+    assert [re.search(r"\w+(?=<)", name)[0] for name in launches(library)] == [
+        "elementwise_kernel"
+    ] * 2
+
+
+def test_scalars_of_some_rows(library):
+    """Neighbours with the same numbers, with their own, and both in turn."""
+    rng = np.random.default_rng(0)
+    rows = [make_row(rng, 3, (F32,) * 4) for _ in range(40)]
+    own = [np.array([i], F32) for i in range(40)]
+    counters = [
+        own[0 if i < 5 else i if i < 20 else 20 + i % 3 if i < 30 else 30] for i in range(40)
+    ]
+    steps = [1 + int(x[0]) for x in counters]
+    check(library, rows, Capturable([None] * 40, counters), step=steps, lr=[OPTIONS["lr"]] * 40)
+
+
+def test_too_many_elements_are_refused(library):
+    rows = [[np.lib.stride_tricks.as_strided(np.zeros(1, F32), (2**44,), (0,)) for _ in range(4)]]
+    assert re.search("too many elements", launch(library, rows, **OPTIONS))
+
+
+@pytest.mark.parametrize("on_the_device", [False, True])
+def test_the_first_launch_that_fails_is_the_last(library, monkeypatch, on_the_device):
+    """And its error is told, whichever it is."""
+    rng = np.random.default_rng(0)
+    count = 2100
+    rows = [make_row(rng, 1, (F64 if i % 5 == 0 else F32,) * 4) for i in range(count)]
+    numbers = Capturable([None] * count, [np.zeros(1) for _ in rows]) if on_the_device else None
+    launches(library)
+    assert launch(library, rows, capturable=numbers, **OPTIONS) is None
+    total = len(launches(library))
+    assert total >= (11 if on_the_device else 4)
+    for number in range(1, total + 1):
+        monkeypatch.setenv("CUDA_HOST_FAIL", str(number))
+        error = launch(library, rows, capturable=numbers, **OPTIONS)
+        assert error and "no kernel image" in error
+        assert len(launches(library)) == number - 1
 
 
 def test_scalars_per_row(library):
@@ -386,7 +472,7 @@ def test_elements_across_their_own_boundaries_are_refused(library):
 
 @pytest.mark.skipif(SANITIZE is not None, reason="this is the sanitised run")
 def test_again_under_asan_and_ubsan():
-    left_out = ("asan", "heads", "nothing", "few_launches", "refused", "32_bits")
+    left_out = ("asan", "heads", "nothing", "few_launches", "refused", "32_bits", "fails", "tables")
     chosen = " and ".join(f"not {name}" for name in left_out)
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
     environment = {**shim.sanitizer_env(), "PYTHONMALLOC": "malloc"}
