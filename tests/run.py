@@ -23,9 +23,8 @@ from cuda_host import fake_gpu
 ROOT = Path(__file__).resolve().parent.parent
 INTERPRETED = "tests/test_triton_adamw.py"
 PARALLEL = ["-n2", "--dist=worksteal"]
-ON_A_GPU = [
-    f"tests/test_{name}.py" for name in ("adamw", "optim_adamw", "layouts", "adamw_on_gpus")
-]
+SANITIZED = ["layouts", "adamw_on_gpus"]
+ON_A_GPU = ["adamw", "optim_adamw", "torch_optim_infos", "torch_state_exchange", *SANITIZED]
 
 
 def suites() -> list[tuple[str, list[str], dict[str, str]]]:
@@ -39,9 +38,21 @@ def suites() -> list[tuple[str, list[str], dict[str, str]]]:
             {},
         ),
         ("Triton's interpreter", [INTERPRETED, *PARALLEL], {"TRITON_INTERPRET": "1"}),
-        ("CUDA kernels on a fake GPU", [*ON_A_GPU, *PARALLEL], {"FUSEDOPT_FAKE_GPU": "plain"}),
-        ("some of it under ASan and UBSan", [*ON_A_GPU[2:], "-p", "no:cacheprovider"], sanitized),
+        (
+            "CUDA kernels on a fake GPU",
+            [*files(ON_A_GPU), *PARALLEL],
+            {"FUSEDOPT_FAKE_GPU": "plain"},
+        ),
+        (
+            "some of it under ASan and UBSan",
+            [*files(SANITIZED), "-p", "no:cacheprovider"],
+            sanitized,
+        ),
     ]
+
+
+def files(names: list[str]) -> list[str]:
+    return [f"tests/test_{name}.py" for name in names]
 
 
 def run(name: str, arguments: list[str], env: dict[str, str]) -> tuple[dict[str, int], int]:

@@ -2,11 +2,14 @@
 
 import json
 import re
+import subprocess
+from pathlib import Path
 
 import kernel_budget
 import pytest
 
 from cuda_host import build as shim
+from fusedopt import _C
 
 BUDGET = json.loads(kernel_budget.BUDGET.read_text())
 REGISTERS_OF_FP32 = 64
@@ -86,6 +89,49 @@ def test_ptx_for_later_architectures(source):
     text = kernel_budget.ptx(source)
     assert ".target sm_120" in text
     assert (".entry" in text) == declared
+    assert not contractions(text)
+
+
+def contractions(ptx):
+    """Products and sums that the assembler may fuse: those without a rounding of their own."""
+    return re.findall(r"^\s*(?:mul|add|sub)\.f(?:32|64)\b.*", ptx, re.MULTILINE)
+
+
+def test_the_build_is_told_what_is_measured_here():
+    """CMakeLists.txt has the same architectures and the same arithmetic."""
+    text = (shim.CSRC.parent / "CMakeLists.txt").read_text()
+    *older, newest = map(str, kernel_budget.ARCHS)
+    archs = ";".join([*(f"{arch}-real" for arch in older), newest])
+    assert archs == "80-real;86-real;89-real;90-real;100-real;120"
+    assert f'FUSEDOPT_CUDA_ARCHS "{archs}"' in text
+    options = re.search(r"target_compile_options\(kernels_cuda(.*?)\)\n", text, re.DOTALL)[1]
+    assert "--fmad=false" in options and "--fmad=false" in kernel_budget.FLAGS
+
+
+@pytest.mark.skipif(not _C.built_with_cuda, reason="the installed module has no CUDA kernels")
+def test_the_installed_module_holds_what_is_measured_here():
+    """Every kernel for every architecture it names, within the budget; PTX for later ones."""
+    program = Path(pytest.importorskip("triton").__file__).parent / "backends/nvidia/bin/cuobjdump"
+
+    def dump(option):
+        command = [program, option, _C.__file__]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    archs = _C.cuda_archs.split()
+    assert re.findall(r"\.sm_(\d+)\.ptx", dump("-lptx")).count(archs[-1]) >= 1
+    assert not contractions(dump("-ptx"))
+    registers = {f"sm_{arch.removesuffix('-real')}": {} for arch in archs}
+    for section in dump("-res-usage").split("arch = ")[1:]:
+        usage = re.findall(
+            r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", section
+        )
+        for mangled, used, *memory in usage:
+            registers[section.split()[0]][kernel_budget.readable(mangled)] = int(used)
+            assert memory == ["0", "0"], mangled
+    for arch, kernels in registers.items():
+        allowed = BUDGET[arch]
+        assert kernels.keys() == allowed.keys(), arch
+        assert all(used <= allowed[name]["registers"] for name, used in kernels.items()), arch
 
 
 def codecs(name):
