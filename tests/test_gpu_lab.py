@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from bench.gpu_lab import lab, steps
+from bench.gpu_lab import adamw as gpu_adamw
+from bench.gpu_lab import checks, lab, steps
+from bench.gpu_lab.device import Fake
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = sys.executable
@@ -96,3 +98,72 @@ def test_without_a_gpu_it_says_so(tmp_path):
     step = next(s for s in lab.plan(tmp_path, False, lab.gpu(False)) if s.name == "machine")
     (outcome,) = steps.run_all([step], tmp_path / "log", say=lambda line: None)
     assert outcome.status == "failed" and "torch finds no GPU" in outcome.tail
+
+
+def test_a_failed_step_shows_in_the_exit_status(tmp_path, monkeypatch):
+    for code, status in [("pass", 0), ("raise SystemExit(3)", 1)]:
+        monkeypatch.setattr(lab, "plan", lambda *_, code=code: [steps.Step("it", python(code), 20)])
+        assert lab.run(tmp_path, True) == status
+        record = json.loads((tmp_path / "gpu_lab.json").read_text())
+        assert [step["status"] for step in record["steps"]] == [["ok", "failed"][status]]
+
+
+# ---- what the jobs look for is found
+
+
+@pytest.fixture
+def change_step(monkeypatch):
+    """change_step(f): f(step, lists, options) takes the place of fusedopt.adamw_step."""
+    import fusedopt
+
+    real = fusedopt.adamw_step
+    return lambda f: monkeypatch.setattr(
+        fusedopt, "adamw_step", lambda *lists, **options: f(real, lists, options)
+    )
+
+
+def off_by_a_bit(step, lists, options):
+    """Wrong in one element, where a backend is asked for."""
+    step(*lists, **options)
+    if "backend" in options:
+        lists[0][0].detach()[-1:] += 0.5
+
+
+def without_found_inf(step, lists, options):
+    step(*lists, **{**options, "found_inf": None})
+
+
+def test_the_sanitized_run_compares_with_the_cpu(change_step):
+    checks.sanitize(Fake())
+    change_step(off_by_a_bit)
+    with pytest.raises(SystemExit, match="array 0 of role 0 differs"):
+        checks.sanitize(Fake())
+
+
+def test_graphs_are_compared_with_eager_steps(monkeypatch):
+    checks.graph(Fake())
+    monkeypatch.setattr(Fake, "capture", lambda self, call: lambda: None)
+    with pytest.raises(SystemExit, match="differs"):
+        checks.graph(Fake())
+
+
+def test_graphs_have_to_leave_a_step_out(change_step):
+    change_step(without_found_inf)
+    with pytest.raises(SystemExit, match="counted 5 steps, not 4"):
+        checks.graph(Fake())
+
+
+def test_the_benchmark_fails_where_ours_is_wrong_or_does_not_run(
+    tmp_path, monkeypatch, change_step
+):
+    def fails(*_):
+        raise RuntimeError("no kernel image")
+
+    monkeypatch.setattr(gpu_adamw, "_CASES", {"500x64": gpu_adamw._CASES["500x64"]})
+    gpu_adamw.run(Fake(), tmp_path, None)
+    change_step(off_by_a_bit)
+    with pytest.raises(SystemExit, match=r"500x64.*, fusedopt.adamw_step: wrong answers: "):
+        gpu_adamw.run(Fake(), tmp_path, None)
+    change_step(fails)
+    with pytest.raises(SystemExit, match=r"500x64.*, fusedopt.adamw_step: not run: no kernel"):
+        gpu_adamw.run(Fake(), tmp_path, None)
