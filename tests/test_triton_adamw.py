@@ -5,6 +5,8 @@ on CPU tensors and on stand-ins for GPU tensors whose memory is the CPU's; witho
 """
 
 import itertools
+import mmap
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from test_adamw import test_steps_against_float64 as steps_against_float64
 import fusedopt
 from fusedopt import _C, backends
 
+NORESERVE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
 INTERPRETED = backends.triton_is_interpreted()
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 NAMES = ("params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs")
@@ -273,6 +276,40 @@ def test_large_chunk_numbers_stay_64_bit():
     table = _table.pack(rows, np.zeros(0, np.int64), 5, [])
     assert table.words[-1] == (2**33 + 5) // 4096 << 32
     assert table.launches[0].thread_blocks == 2**33 // 4096 + 1
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the interpreter runs one block of many")
+@pytest.mark.parametrize("layout", [None, "halves in turn"])
+def test_last_block_of_a_huge_row(monkeypatch, layout):
+    """In memory of which only the pages in use exist; test_gpu.py has all of such a row."""
+    from fusedopt.triton_kernels import _table, adamw
+
+    numel = 2**33 + 4092
+    places = np.arange(numel - numel % 4096, numel)
+    if layout:  # the second half lies in the odd places
+        places = 2 * (places - numel // 2) + 1
+    want = lists((torch.bfloat16,) * 3, sizes=[places.size])
+    huge = [np.frombuffer(mmap.mmap(-1, 2 * numel, flags=NORESERVE), np.uint16) for _ in range(4)]
+    for far, [near] in zip(huge, want, strict=True):
+        far[places] = near.view(torch.uint16).numpy()
+    packed = []
+    with monkeypatch.context() as patch:
+        patch.setattr(adamw, "launch", lambda *arrays, **_: packed.extend(arrays))
+        triton_step([[on_gpu(x) for x in role] for role in want], step=3, stream=0)
+    [rows, _, scalars] = packed
+    rows[0, :4] = [x.ctypes.data for x in huge]
+    rows[0, _table.NUMEL], rows[0, _table.LAYOUT] = numel, 0 if layout else -1
+    strides = np.array([2, 2, numel // 2, *[1, 2] * 5])
+    table = _table.pack(rows, strides, 5, [scalars])
+    [every] = table.launches
+    last = replace(every, thread_blocks=1, block_at=every.block_at + every.thread_blocks - 1)
+    words = torch.from_numpy(table.words)
+    adamw._launch_rows(
+        replace(table, launches=[last]), words, words[table.more_at[0] :].view(torch.float64)
+    )
+    cpu_step(want, step=3)
+    got = [[torch.from_numpy(x[places]).view(torch.bfloat16)] for x in huge]
+    assert_same_bits(got, want)
 
 
 # ---- numbers on the device

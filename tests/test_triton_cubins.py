@@ -78,6 +78,9 @@ def test_roundings(format_name):
     )  # two moments, difference, denominator, parameter
     assert found[f"div.rn.{kind}"] == found[f"sqrt.rn.{kind}"] == elements
     assert found[f"mul.rn.{kind}"] + found[f"mul.{kind}"] == 4 * elements
+    param, _, *states = cubins.FORMATS[format_name]
+    converted = 2 * found["cvt.rn.bf16x2.f32"] + found["cvt.rn.bf16.f32"]
+    assert converted == [param, *states].count(cubins.BF16) * elements
 
 
 def test_prepare_kernel_fuses_nothing():
