@@ -13,4 +13,7 @@ void blockwise_adam_rates(const TensorTable& table, const AdamWScalars<double>* 
 void blockwise_adam_update(const TensorTable& table, const AdamWScalars<double>* scalars, const BlockSums& sums,
                            int64_t begin, int64_t end);
 
+void newton_schulz(const NewtonSchulzTask& task, void* workspace, int threads);
+int64_t newton_schulz_bytes(int64_t rows, int64_t columns, DType dtype, bool gram);
+
 }  // namespace fusedopt::FUSEDOPT_TARGET

@@ -7,6 +7,7 @@
 namespace fusedopt {
 
 struct BlockSums;
+struct NewtonSchulzTask;
 
 // Ranges [begin, end) are of the table's elements, counted over all its rows; scalars are indexed by
 // TensorRow::scalars.
@@ -18,6 +19,9 @@ struct CpuKernels {
                                int64_t first_row, int64_t last_row);
   void (*blockwise_adam_update)(const TensorTable& table, const AdamWScalars<double>* scalars, const BlockSums& sums,
                                 int64_t begin, int64_t end);
+  // One matrix that is not empty, and the size of its workspace.
+  void (*newton_schulz)(const NewtonSchulzTask& task, void* workspace, int threads);
+  int64_t (*newton_schulz_bytes)(int64_t rows, int64_t columns, DType dtype, bool gram);
 };
 
 namespace avx512 {

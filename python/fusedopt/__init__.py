@@ -15,12 +15,14 @@ from fusedopt._threads import get_num_threads, set_num_threads
 from fusedopt.backends import supports
 from fusedopt.steps.adamw import adamw_step
 from fusedopt.steps.blockwise_adam import blockwise_adam_step
+from fusedopt.steps.newton_schulz import newton_schulz
 
 __all__ = [
     "adamw_step",
     "blockwise_adam_step",
     "env",
     "get_num_threads",
+    "newton_schulz",
     "optim",
     "partitions",
     "reference",

@@ -2,5 +2,12 @@
 
 from fusedopt.references.adamw import AdamWResult, adamw_step
 from fusedopt.references.blockwise_adam import BlockwiseAdamResult, blockwise_adam_step
+from fusedopt.references.newton_schulz import newton_schulz
 
-__all__ = ["AdamWResult", "BlockwiseAdamResult", "adamw_step", "blockwise_adam_step"]
+__all__ = [
+    "AdamWResult",
+    "BlockwiseAdamResult",
+    "adamw_step",
+    "blockwise_adam_step",
+    "newton_schulz",
+]

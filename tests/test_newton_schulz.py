@@ -1,0 +1,457 @@
+"""Newton–Schulz against its float64 reference: every family of inputs in the numerics contract."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+
+import fusedopt
+from fusedopt import _newton_schulz_schedule as schedules
+from fusedopt import reference
+from where import not_on_fake
+
+pytestmark = not_on_fake
+
+SETS = ["jordan", "polar_express", "you", "cubic"]
+TORCH = {"float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TORCH["float32"] = torch.float32
+NUMPY = {name: np.dtype(name) for name in ("float64", "float32", "float16")}
+NUMPY["bfloat16"] = np.dtype(ml_dtypes.bfloat16)
+
+
+def gauss(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape)
+
+
+def with_spectrum(values, columns, seed=0):
+    n = len(values)
+    left = np.linalg.qr(gauss(n, n, seed=seed))[0]
+    right = np.linalg.qr(gauss(columns, n, seed=seed + 1))[0]
+    return left * values @ right.T
+
+
+def mixed_rows():
+    return gauss(40, 60) * 10.0 ** np.linspace(-12, 12, 40)[:, None]
+
+
+def spike():
+    g = 1e-3 * gauss(48, 80)
+    g[17, 31] = 1e3
+    return g
+
+
+def zero_rows():
+    g = gauss(33, 70)
+    g[[0, 5, 32]] = 0
+    return g
+
+
+FAMILIES = {
+    "wide": lambda: gauss(64, 200),
+    "tall": lambda: gauss(200, 64),
+    "square": lambda: gauss(96, 96),
+    "larger than a block": lambda: gauss(197, 401),
+    "aspect 4, two slices deep": lambda: gauss(130, 520),
+    "37 x 101": lambda: gauss(37, 101),
+    "1001 x 3": lambda: gauss(1001, 3),
+    "rank 1": lambda: np.outer(gauss(48), gauss(80, seed=1)),
+    "all ones": lambda: np.ones((64, 256)),
+    "rank n/2": lambda: gauss(48, 24) @ gauss(24, 80, seed=1),
+    "equal rows": lambda: np.repeat(gauss(12, 80), 4, axis=0),
+    "positive mean": lambda: gauss(64, 256) + 1,
+    "zero": lambda: np.zeros((7, 9)),
+    "zero rows": zero_rows,
+    "1 x 1": lambda: gauss(1, 1),
+    "1 x n": lambda: gauss(1, 77),
+    "n x 1": lambda: gauss(77, 1),
+    "1e-20": lambda: 1e-20 * gauss(32, 48),
+    "1e-38": lambda: 1e-38 * (1 + np.abs(gauss(32, 48))),
+    "1e20": lambda: 1e20 * gauss(32, 48),
+    "1e38": lambda: 5e37 * np.clip(gauss(32, 48), -6, 6),
+    "rows over 24 decades": mixed_rows,
+    "condition 1e3": lambda: with_spectrum(np.logspace(0, -3, 48), 80),
+    "condition 1e8": lambda: with_spectrum(np.logspace(0, -8, 48), 80),
+    "orthogonal": lambda: with_spectrum(np.ones(48), 48),
+    "spike": spike,
+    "symmetric": lambda: gauss(50, 50) + gauss(50, 50).T,
+    "conv 4-D": lambda: gauss(2, 16, 3, 5),
+    "batch": lambda: gauss(3, 2, 20, 30),
+}
+INPUTS = {name: make().astype(np.float32) for name, make in FAMILIES.items()}
+
+
+def rounded(x, dtype):
+    return np.asarray(x).astype(NUMPY[dtype]).astype(np.float32)
+
+
+def plain(g, coefficients, gram=False, dtype="float32"):
+    """The formula, each product and sum rounded to ``dtype``, after a normalisation in float64."""
+    if g.shape[-2] > g.shape[-1]:
+        return plain(g.swapaxes(-1, -2), coefficients, gram, dtype).swapaxes(-1, -2)
+    g = g.astype(np.float64)
+    norm = np.linalg.norm(g, axis=(-2, -1), keepdims=True)
+    x = rounded(np.divide(g, norm, out=np.zeros_like(g), where=norm > 0), dtype)
+    identity = np.eye(x.shape[-2], dtype=np.float32)
+
+    def mul(a, b):
+        return rounded(a @ b, dtype)
+
+    def step(r, a, b, c):
+        return rounded(np.float32(b) * r + np.float32(c) * (r @ r), dtype), np.float32(a)
+
+    triples = [s[:3] for s in schedules.make(coefficients, 5, "standard", dtype, dtype).steps]
+    if not gram:
+        for triple in triples:
+            z, a = step(mul(x, x.swapaxes(-1, -2)), *triple)
+            x = rounded(a * x + z @ x, dtype)
+        return x
+    r, q = mul(x, x.swapaxes(-1, -2)), identity
+    for triple in triples:
+        z, a = step(r, *triple)
+        q = rounded(q @ z + a * q, dtype)
+        rz = rounded(r @ z + a * r, dtype)
+        r = rounded(z @ rz + a * rz, dtype)
+    return mul(q, x)
+
+
+def error(got, want):
+    """Of the worst matrix in a batch, in the Frobenius norm relative to the exact one's."""
+    size = np.linalg.norm(want, axis=(-2, -1))
+    difference = np.linalg.norm(np.asarray(got, dtype=np.float64) - want, axis=(-2, -1))
+    return np.max(difference / np.where(size > 0, size, 1), initial=0)
+
+
+def ulp(dtype):
+    return float(ml_dtypes.finfo(NUMPY[dtype]).eps)
+
+
+def as_float64(x):
+    return x.double().numpy() if isinstance(x, torch.Tensor) else np.asarray(x, dtype=np.float64)
+
+
+@pytest.mark.parametrize("coefficients", SETS)
+@pytest.mark.parametrize("family", INPUTS)
+def test_float32_is_as_accurate_as_the_plain_formula(family, coefficients):
+    """Also what auto takes: it is never the less stable method."""
+    g = INPUTS[family]
+    want = reference.newton_schulz(g, coefficients=coefficients)
+    bound = 2 * error(plain(g, coefficients), want) + 2 * ulp("float32")
+    for method in ("standard", "auto"):
+        got = fusedopt.newton_schulz(g, coefficients=coefficients, method=method)
+        assert got.dtype == np.float32 and error(got, want) <= bound, method
+
+
+@pytest.mark.parametrize("coefficients", SETS)
+@pytest.mark.parametrize("family", INPUTS)
+def test_gram_form_is_as_accurate_as_its_plain_formula(family, coefficients):
+    g = INPUTS[family]
+    want = reference.newton_schulz(g, coefficients=coefficients)
+    bound = 2 * error(plain(g, coefficients, gram=True), want) + 2 * ulp("float32")
+    got = fusedopt.newton_schulz(g, coefficients=coefficients, method="gram")
+    assert error(got, want) <= bound
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("coefficients", SETS)
+@pytest.mark.parametrize("family", INPUTS)
+def test_half_precision_inputs(family, coefficients, dtype):
+    """Against the exact map of the rounded input; ``auto`` takes the Gram form of long matrices."""
+    g = torch.from_numpy(INPUTS[family] / (np.abs(INPUTS[family]).max() or 1)).to(TORCH[dtype])
+    exact = g.double().numpy()
+    want = reference.newton_schulz(exact, coefficients=coefficients)
+    bound = 2 * error(plain(exact, coefficients, dtype=dtype), want) + ulp(dtype)
+    for method in ("standard", "gram", "auto"):
+        got = fusedopt.newton_schulz(g, coefficients=coefficients, method=method)
+        assert got.dtype == g.dtype and error(as_float64(got), want) <= bound, method
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("family", INPUTS)
+def test_rounding_to_half_precision_by_dtype(family, dtype):
+    """float32 in and out; only the input is rounded, after a scaling that keeps it in range."""
+    g = INPUTS[family]
+    want = reference.newton_schulz(g, dtype=dtype)
+    scaled = g / (np.abs(g).max(axis=(-2, -1), keepdims=True, initial=1e-45) / 2)
+    bound = 2 * error(plain(rounded(scaled, dtype), "jordan", dtype=dtype), want) + ulp(dtype)
+    for method in ("standard", "auto"):
+        got = fusedopt.newton_schulz(g, dtype=TORCH[dtype], method=method)
+        assert got.dtype == np.float32 and error(got, want) <= bound, method
+    if dtype == "bfloat16" and np.abs(g).max(initial=1) < 1e30:
+        assert np.array_equal(got, fusedopt.newton_schulz(rounded(g, dtype), dtype=dtype))
+
+
+@pytest.mark.parametrize("coefficients", SETS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_float64(family, coefficients):
+    g = FAMILIES[family]()
+    want = reference.newton_schulz(g, coefficients=coefficients)
+    for scale in (1.0, 1e-280, 1e250):
+        got = fusedopt.newton_schulz(g * scale, coefficients=coefficients)
+        assert got.dtype == np.float64 and error(got, want) <= 1e-11
+    assert error(fusedopt.newton_schulz(g, dtype="float32", coefficients=coefficients), want) <= 3e-2
+
+
+@pytest.mark.parametrize("method", ["standard", "gram"])
+@pytest.mark.parametrize("coefficients", SETS)
+@pytest.mark.parametrize("family", INPUTS)
+def test_no_singular_value_runs_away(family, coefficients, method):
+    got = fusedopt.newton_schulz(INPUTS[family], coefficients=coefficients, method=method)
+    assert np.linalg.svd(as_float64(got), compute_uv=False).max() <= 1.305
+
+
+@pytest.mark.parametrize("family", INPUTS)
+def test_reference_is_the_map_of_singular_values(family):
+    g = FAMILIES[family]()
+    u, s, v = np.linalg.svd(g, full_matrices=False)
+    norm = np.linalg.norm(s, axis=-1, keepdims=True)
+    s = np.divide(s, norm, out=np.zeros_like(s), where=norm > 0)
+    for _ in range(5):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    for method in ("standard", "gram"):
+        got = reference.newton_schulz(g, method=method)
+        assert error(got, u * s[..., None, :] @ v) <= 1e-9
+        assert error(reference.newton_schulz(g, method="gram", restarts=(1, 3)), got) <= 1e-9
+
+
+@pytest.mark.parametrize("method", ["standard", "gram"])
+def test_power_of_two_scale_leaves_every_bit(method):
+    g = gauss(48, 80).astype(np.float32)
+    want = fusedopt.newton_schulz(g, method=method)
+    for exponent in (-100, -60, 1, 60, 120):
+        got = fusedopt.newton_schulz(np.ldexp(g, exponent).astype(np.float32), method=method)
+        assert np.array_equal(got, want)
+
+
+@pytest.mark.parametrize("dtype", list(NUMPY))
+def test_zero_stays_zero(dtype):
+    got = fusedopt.newton_schulz(np.zeros((2, 5, 7), NUMPY[dtype]))
+    assert not as_float64(got).any()
+
+
+@pytest.mark.parametrize("dtype", list(NUMPY))
+@pytest.mark.parametrize("method", ["standard", "gram"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_nan_and_infinity_stay_in_their_matrix(value, method, dtype):
+    g = gauss(6, 33, 40).astype(NUMPY[dtype])
+    g[4, 32, 39] = g[1, 0, 0] = value
+    g[3] = 0
+    got = fusedopt.newton_schulz(g, method=method)
+    assert np.isnan(as_float64(got[[1, 4]])).all()
+    for i in (0, 2, 3, 5):
+        assert got[i].tobytes() == fusedopt.newton_schulz(g[i], method=method).tobytes()
+
+
+@pytest.mark.parametrize("method", ["standard", "gram"])
+@pytest.mark.parametrize("dtype", list(NUMPY))
+@pytest.mark.parametrize("family", [*INPUTS, "one pair differs"])
+def test_transpose_gives_the_transposed_bits(family, dtype, method):
+    if family == "one pair differs":
+        g = np.ones((6, 6))
+        g[4, 5] = 2
+    else:
+        g = INPUTS[family] / (np.abs(INPUTS[family]).max() or 1)
+    g = g.astype(NUMPY[dtype])
+    got = fusedopt.newton_schulz(g, method=method)
+    view = fusedopt.newton_schulz(g.swapaxes(-1, -2), method=method)
+    copy = fusedopt.newton_schulz(np.ascontiguousarray(g.swapaxes(-1, -2)), method=method)
+    assert np.array_equal(view, got.swapaxes(-1, -2)) and np.array_equal(copy, view)
+
+
+@pytest.mark.parametrize("shape", [(400, 700), (700, 400), (500, 500), (9, 60, 90), (3, 450, 450)])
+@pytest.mark.parametrize("method", ["standard", "gram"])
+def test_number_of_threads_changes_no_bit(shape, method):
+    g = gauss(*shape).astype(np.float32)
+    before = fusedopt.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3):
+            fusedopt.set_num_threads(threads)
+            results.append(fusedopt.newton_schulz(g, method=method).tobytes())
+    finally:
+        fusedopt.set_num_threads(before)
+    assert len(set(results)) == 1
+    if len(shape) == 3:
+        alone = [fusedopt.newton_schulz(x, method=method).tobytes() for x in g]
+        assert b"".join(alone) == results[0]
+
+
+def test_calls_from_several_threads():
+    inputs = [gauss(2, 40 + i, 90, seed=i).astype(np.float32) for i in range(16)]
+    want = [fusedopt.newton_schulz(g) for g in inputs]
+    with ThreadPoolExecutor(4) as pool:
+        for got, expected in zip(pool.map(fusedopt.newton_schulz, inputs), want, strict=True):
+            assert np.array_equal(got, expected)
+
+
+STRIDED = {
+    "permuted": lambda g: g.permute(2, 0, 1),
+    "steps": lambda g: g[::2, ::3, 1::2],
+    "expanded": lambda g: g[:1].expand(5, -1, -1),
+    "repeated rows": lambda g: g[:, :1].expand(-1, 7, -1),
+    "channels-last": lambda g: g[None].contiguous(memory_format=torch.channels_last),
+}
+
+
+@pytest.mark.parametrize("layout", STRIDED)
+@pytest.mark.parametrize("dtype", list(NUMPY))
+def test_any_strides_are_read(layout, dtype):
+    base = torch.from_numpy(gauss(8, 30, 40)).to(TORCH[dtype])
+    before = base.clone()
+    g = STRIDED[layout](base)
+    got = fusedopt.newton_schulz(g)
+    assert got.shape == g.shape and got.is_contiguous()
+    assert torch.equal(got, fusedopt.newton_schulz(g.contiguous()))
+    assert torch.equal(base, before)
+
+
+def test_reversed_numpy_views_and_unaligned_memory():
+    g = gauss(20, 30).astype(np.float32)
+    assert np.array_equal(
+        fusedopt.newton_schulz(g[::-1, ::-1]), fusedopt.newton_schulz(g[::-1, ::-1].copy())
+    )
+    shifted = np.frombuffer(bytearray(4 + g.nbytes), np.float32, g.size, 4).reshape(g.shape)
+    shifted[...] = g
+    assert np.array_equal(fusedopt.newton_schulz(shifted), fusedopt.newton_schulz(g))
+
+
+def test_read_only_input_and_parameters():
+    g = gauss(5, 6).astype(np.float32)
+    want = fusedopt.newton_schulz(g)
+    g.flags.writeable = False
+    assert np.array_equal(fusedopt.newton_schulz(g), want)
+    parameter = torch.nn.Parameter(torch.from_numpy(g.copy()))
+    got = fusedopt.newton_schulz(parameter)
+    assert type(got) is torch.Tensor and not got.requires_grad
+    assert np.array_equal(got.numpy(), want) and parameter._version == 0
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (4, 0), (0, 3, 4), (2, 0, 0), (1, 1, 1, 1)])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_empty_and_tiny_shapes(shape, backend):
+    got = fusedopt.newton_schulz(np.ones(shape, np.float32), backend=backend)
+    assert got.shape == shape and np.isfinite(got).all()
+
+
+class OnlyDLPack:
+    """An array of a library that has nothing else."""
+
+    def __init__(self, array):
+        self.array, self.shape, self.dtype = array, array.shape, array.dtype
+
+    def __dlpack__(self, **options):
+        return self.array.__dlpack__(**options)
+
+    def __dlpack_device__(self):
+        return self.array.__dlpack_device__()
+
+
+class WithNamespace(OnlyDLPack):
+    def __array_namespace__(self):
+        return np
+
+
+def test_dlpack_arrays():
+    g = gauss(5, 6).astype(np.float32)
+    for array in (OnlyDLPack(g), WithNamespace(g)):
+        got = fusedopt.newton_schulz(array)
+        assert type(got) is np.ndarray and np.array_equal(got, fusedopt.newton_schulz(g))
+
+
+@pytest.mark.parametrize("method", ["standard", "gram"])
+@pytest.mark.parametrize("steps", [1, 2, 5, 9])
+@pytest.mark.parametrize(
+    "coefficients", [*SETS, (1.5, -0.5, 0.0), [(2.0, -1.5, 0.5)], [(3, -4, 1.5), (1.5, -0.5, 0)]]
+)
+def test_schedules(coefficients, steps, method):
+    """One step, fewer and more than a list has; a cubic step among quintic ones; restarts."""
+    if isinstance(coefficients, list) and len(coefficients) > steps:
+        pytest.skip("more triples than steps are refused")
+    g = with_spectrum(np.linspace(1, 0.2, 30), 70)
+    want = reference.newton_schulz(g, coefficients=coefficients, steps=steps)
+    options = {"coefficients": coefficients, "steps": steps, "method": method}
+    for restarts in [None, *([(1,), (1, steps - 1)] if steps > 1 else [])]:
+        got = fusedopt.newton_schulz(g.astype(np.float32), restarts=restarts, **options)
+        assert error(got, want) <= 2e-5
+        assert error(fusedopt.newton_schulz(g, restarts=restarts, **options), want) <= 1e-13
+
+
+def test_coefficient_sets_are_the_published_ones():
+    triples = {name: schedules.make(name, 9, "auto", "float32", "float32").steps for name in SETS}
+    assert triples["jordan"] == 9 * ((3.4445, -4.7750, 2.0315, False),)
+    first = triples["polar_express"][0]
+    assert first[:3] == pytest.approx((8.287212 / 1.01, -23.595887 / 1.01**3, 17.300387 / 1.01**5))
+    assert triples["polar_express"][7] == triples["polar_express"][8] == (1.875, -1.25, 0.375, False)
+    assert triples["you"][8] == (2.8366, -3.0525, 1.2012, False)
+    assert {step[2] for step in triples["cubic"]} == {0.0}
+
+
+def test_restarts_stand_where_half_precision_needs_them():
+    def restarts(name, arithmetic):
+        steps = schedules.make(name, 5, "gram", "bfloat16", arithmetic).steps
+        return [i for i, step in enumerate(steps) if step[3]]
+
+    assert restarts("jordan", "bfloat16") == restarts("jordan", "float16") == [3]
+    assert restarts("polar_express", "float16") == restarts("you", "bfloat16") == [1, 3]
+    assert restarts("you", "float16") == [2]
+    assert restarts("jordan", "float32") == restarts("polar_express", "float64") == []
+
+
+def test_auto_takes_the_gram_form_only_beside_a_coarser_rounding():
+    long, short = torch.from_numpy(gauss(64, 96)), torch.from_numpy(gauss(64, 95))
+    for dtype, g, method in [
+        (torch.bfloat16, long, "gram"),
+        (torch.float16, long, "gram"),
+        (torch.bfloat16, short, "standard"),
+        (torch.float32, long, "standard"),
+        (torch.float64, long, "standard"),
+    ]:
+        for x, options in ((g.to(dtype), {}), (g, {"dtype": dtype})):
+            got = fusedopt.newton_schulz(x, **options)
+            assert torch.equal(got, fusedopt.newton_schulz(x, method=method, **options))
+
+
+def test_agrees_with_torch_muon():
+    """torch's own in bf16, whose rounding is what separates them."""
+    from torch.optim._muon import _zeropower_via_newtonschulz
+
+    g = torch.from_numpy(gauss(96, 160).astype(np.float32))
+    theirs = _zeropower_via_newtonschulz(g, (3.4445, -4.7750, 2.0315), 5, 1e-7)
+    ours = fusedopt.newton_schulz(g, dtype=torch.bfloat16)
+    assert error(as_float64(ours), as_float64(theirs)) <= 0.03
+
+
+ERRORS = [
+    ({"G": np.ones(3, np.float32)}, ValueError, r"G \(shape \(3,\), float32\): expected at least two"),
+    ({"G": np.ones((3, 3), np.int64)}, TypeError, r"G \(shape \(3, 3\), int64\): expected float32"),
+    ({"G": np.ones((3, 3), np.complex64)}, TypeError, r"G .*complex64.*expected float32"),
+    ({"G": "text"}, TypeError, "G"),
+    ({"steps": 0}, ValueError, "steps is 0, expected"),
+    ({"steps": 2.5}, TypeError, "steps is 2.5, expected"),
+    ({"coefficients": "muon"}, ValueError, "coefficients is 'muon', expected one of jordan"),
+    ({"coefficients": [(1, 2)]}, ValueError, r"coefficients is \[\(1, 2\)\], expected"),
+    ({"coefficients": []}, ValueError, r"coefficients is \[\], expected"),
+    ({"coefficients": (1.0, np.nan, 0.0)}, ValueError, "coefficients is .*nan"),
+    ({"coefficients": 6 * [(1, 0, 0)]}, ValueError, "coefficients has 6 triples for 5 steps"),
+    ({"method": "fast"}, ValueError, "method is 'fast', expected one of standard, gram, auto"),
+    ({"dtype": "int8"}, ValueError, "dtype is 'int8', expected one of float32"),
+    ({"restarts": (0,)}, ValueError, r"restarts is \(0,\), expected steps from 1 to 4"),
+    ({"backend": "cuda"}, (RuntimeError, ValueError), "cuda"),
+    ({"backend": "triton"}, (RuntimeError, ValueError), "triton"),
+    ({"backend": "gpu"}, ValueError, "backend is 'gpu', expected one of cpu"),
+    ({"stream": 3}, ValueError, "stream is 3, expected None"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "kind", "message"), ERRORS, ids=str)
+def test_errors_say_what_to_do(arguments, kind, message):
+    options = {"G": np.ones((3, 4), np.float32), **arguments}
+    with pytest.raises(kind, match=message):
+        fusedopt.newton_schulz(options.pop("G"), **options)
+
+
+def test_supports():
+    assert fusedopt.supports("newton_schulz", "cpu", dtypes=["bfloat16", np.float64]) == (True, "")
+    assert not fusedopt.supports("newton_schulz", "cpu", dtypes=["int32"])[0]
+    assert not fusedopt.supports("newton_schulz", "cuda", device="cuda")[0]
