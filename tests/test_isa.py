@@ -24,7 +24,7 @@ def compile_object(source: str, out: Path, *flags: str) -> str:
 @x86_only
 def test_avx512_source_gives_the_bits_of_avx2(tmp_path: Path) -> None:
     """The AVX-512 kernels, with their few intrinsics spelled out lane by lane, against AVX2's."""
-    kernels = ["adamw", "blockwise_adam", "kernels"]
+    kernels = ["adamw", "blockwise_adam", "kernels", "newton_schulz"]
     twin = str(ROOT / "tests/isa/avx512_twin.h")
     wide = ["-include", twin, "-DFUSEDOPT_TARGET=avx512", "-DFUSEDOPT_PACK_BYTES=64"]
     narrow = ["-DFUSEDOPT_TARGET=avx2", "-DFUSEDOPT_PACK_BYTES=32"]
@@ -35,9 +35,28 @@ def test_avx512_source_gives_the_bits_of_avx2(tmp_path: Path) -> None:
     ]
     objects += [
         compile_object("tests/isa/compare.cpp", tmp_path / "compare.o"),
+        compile_object("csrc/cpu/threads.cpp", tmp_path / "threads.o"),
     ]
-    subprocess.run(["c++", *objects, "-o", str(tmp_path / "compare")], check=True)
+    subprocess.run(["c++", *objects, "-pthread", "-o", str(tmp_path / "compare")], check=True)
     result = subprocess.run([tmp_path / "compare"], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout
+
+
+@x86_only
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["-DFUSEDOPT_PACK_BYTES=16"],
+        [*AVX2, "-DFUSEDOPT_PACK_BYTES=32"],
+        [*AVX2, "-include", str(ROOT / "tests/isa/avx512_twin.h"), "-DFUSEDOPT_PACK_BYTES=64"],
+    ],
+    ids=["portable", "avx2", "avx512"],
+)
+def test_products(flags: list[str], tmp_path: Path) -> None:
+    """Matrix products against sums in double; symmetric ones have symmetric bits."""
+    products = compile_object("tests/isa/products.cpp", tmp_path / "products.o", *flags)
+    subprocess.run(["c++", products, "-o", str(tmp_path / "products")], check=True)
+    result = subprocess.run([tmp_path / "products"], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout
 
 

@@ -123,6 +123,16 @@ def error(got, want):
     return np.max(difference / np.where(size > 0, size, 1), initial=0)
 
 
+def plain_error(g, coefficients, want, **options):
+    """The worst of four orders of the columns: one alone can be lucky where one value is all."""
+    errors = []
+    for seed in range(4):
+        order = np.random.default_rng(seed).permutation(g.shape[-1])
+        mixed = plain(g[..., order], coefficients, **options)
+        errors.append(error(mixed[..., np.argsort(order)], want))
+    return max(errors)
+
+
 def ulp(dtype):
     return float(ml_dtypes.finfo(NUMPY[dtype]).eps)
 
@@ -137,7 +147,7 @@ def test_float32_is_as_accurate_as_the_plain_formula(family, coefficients):
     """Also what auto takes: it is never the less stable method."""
     g = INPUTS[family]
     want = reference.newton_schulz(g, coefficients=coefficients)
-    bound = 2 * error(plain(g, coefficients), want) + 2 * ulp("float32")
+    bound = 2 * plain_error(g, coefficients, want) + 2 * ulp("float32")
     for method in ("standard", "auto"):
         got = fusedopt.newton_schulz(g, coefficients=coefficients, method=method)
         assert got.dtype == np.float32 and error(got, want) <= bound, method
@@ -148,7 +158,7 @@ def test_float32_is_as_accurate_as_the_plain_formula(family, coefficients):
 def test_gram_form_is_as_accurate_as_its_plain_formula(family, coefficients):
     g = INPUTS[family]
     want = reference.newton_schulz(g, coefficients=coefficients)
-    bound = 2 * error(plain(g, coefficients, gram=True), want) + 2 * ulp("float32")
+    bound = 2 * plain_error(g, coefficients, want, gram=True) + 2 * ulp("float32")
     got = fusedopt.newton_schulz(g, coefficients=coefficients, method="gram")
     assert error(got, want) <= bound
 
@@ -161,7 +171,7 @@ def test_half_precision_inputs(family, coefficients, dtype):
     g = torch.from_numpy(INPUTS[family] / (np.abs(INPUTS[family]).max() or 1)).to(TORCH[dtype])
     exact = g.double().numpy()
     want = reference.newton_schulz(exact, coefficients=coefficients)
-    bound = 2 * error(plain(exact, coefficients, dtype=dtype), want) + ulp(dtype)
+    bound = 2 * plain_error(exact, coefficients, want, dtype=dtype) + ulp(dtype)
     for method in ("standard", "gram", "auto"):
         got = fusedopt.newton_schulz(g, coefficients=coefficients, method=method)
         assert got.dtype == g.dtype and error(as_float64(got), want) <= bound, method
@@ -173,12 +183,13 @@ def test_rounding_to_half_precision_by_dtype(family, dtype):
     """float32 in and out; only the input is rounded, after a scaling that keeps it in range."""
     g = INPUTS[family]
     want = reference.newton_schulz(g, dtype=dtype)
-    scaled = g / (np.abs(g).max(axis=(-2, -1), keepdims=True, initial=1e-45) / 2)
-    bound = 2 * error(plain(rounded(scaled, dtype), "jordan", dtype=dtype), want) + ulp(dtype)
+    largest = np.abs(g).max(axis=(-2, -1), keepdims=True)
+    scaled = rounded(np.ldexp(g, 10 - np.frexp(largest)[1]), dtype)
+    bound = 2 * plain_error(scaled, "jordan", want, dtype=dtype) + ulp(dtype)
     for method in ("standard", "auto"):
         got = fusedopt.newton_schulz(g, dtype=TORCH[dtype], method=method)
         assert got.dtype == np.float32 and error(got, want) <= bound, method
-    if dtype == "bfloat16" and np.abs(g).max(initial=1) < 1e30:
+    if dtype == "bfloat16" and np.abs(g).max() > 1e-30:
         assert np.array_equal(got, fusedopt.newton_schulz(rounded(g, dtype), dtype=dtype))
 
 
@@ -188,7 +199,8 @@ def test_float64(family, coefficients):
     g = FAMILIES[family]()
     want = reference.newton_schulz(g, coefficients=coefficients)
     for scale in (1.0, 1e-280, 1e250):
-        got = fusedopt.newton_schulz(g * scale, coefficients=coefficients)
+        unit = g / (np.abs(g).max() or 1)
+        got = fusedopt.newton_schulz(unit * scale, coefficients=coefficients)
         assert got.dtype == np.float64 and error(got, want) <= 1e-11
     assert error(fusedopt.newton_schulz(g, dtype="float32", coefficients=coefficients), want) <= 3e-2
 
@@ -437,8 +449,8 @@ ERRORS = [
     ({"method": "fast"}, ValueError, "method is 'fast', expected one of standard, gram, auto"),
     ({"dtype": "int8"}, ValueError, "dtype is 'int8', expected one of float32"),
     ({"restarts": (0,)}, ValueError, r"restarts is \(0,\), expected steps from 1 to 4"),
-    ({"backend": "cuda"}, (RuntimeError, ValueError), "cuda"),
-    ({"backend": "triton"}, (RuntimeError, ValueError), "triton"),
+    ({"backend": "cuda"}, (RuntimeError, ValueError), "backend 'cuda'"),
+    ({"backend": "triton"}, (RuntimeError, ValueError), "backend 'triton'"),
     ({"backend": "gpu"}, ValueError, "backend is 'gpu', expected one of cpu"),
     ({"stream": 3}, ValueError, "stream is 3, expected None"),
 ]

@@ -73,7 +73,40 @@ void sweep(const Table& table, int64_t threads) {
   for (std::thread& helper : helpers) helper.join();
 }
 
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+typedef float Vector __attribute__((vector_size(kVectorBytes)));
+constexpr int kLanes = kVectorBytes / sizeof(float), kSums = 12;  // enough to hide the latency, few enough for registers
+
+void multiply_add(int64_t rounds, float* result) {
+  const Vector factor = Vector{} + *result;
+  Vector sums[kSums];
+  for (int k = 0; k < kSums; ++k) sums[k] = factor * float(k);
+  for (int64_t i = 0; i < rounds; ++i)
+    for (int k = 0; k < kSums; ++k) sums[k] = sums[k] * factor + factor;
+  for (int k = 0; k < kSums; ++k) *result += sums[k][0];
+}
+
 }  // namespace
+
+// As many float multiply-adds as make up these flops (a multiply-add is two), all in registers. Returns a number that
+// depends on every one of them.
+extern "C" float multiply_adds(double flops, int64_t threads) {
+  const int64_t rounds = static_cast<int64_t>(flops / (2.0 * kLanes * kSums * threads)) + 1;
+  std::vector<float> results(16 * threads, 0.5f);  // a cache line each
+  std::vector<std::thread> helpers;
+  for (int64_t t = 1; t < threads; ++t) helpers.emplace_back(multiply_add, rounds, &results[16 * t]);
+  multiply_add(rounds, results.data());
+  for (std::thread& helper : helpers) helper.join();
+  float sum = 0;
+  for (int64_t t = 0; t < threads; ++t) sum += results[16 * t];
+  return sum;
+}
 
 // Parameters and gradients of param_bytes per element, states of state_bytes: (4, 4), (2, 2), (2, 4).
 // Returns 0, or 1 for sizes it does not know.

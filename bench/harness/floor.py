@@ -64,6 +64,17 @@ def read3_write2(
     return _sweep([params, grads, firsts], threads)
 
 
+def multiply_adds(flops: float, threads: int) -> Callable[[], None]:
+    """Return a call that does so many float32 operations as multiply-adds in registers."""
+    run = _library().multiply_adds
+    arguments = ctypes.c_double(flops), ctypes.c_int64(threads)
+
+    def call() -> None:
+        run(*arguments)
+
+    return call
+
+
 def _sweep(roles: list[Sequence[Tensor]], threads: int) -> Callable[[], None]:
     run = _library().read4_write3
     params, firsts = roles[0], roles[2]

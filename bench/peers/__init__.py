@@ -40,6 +40,15 @@ class NamedOptimizerPeer:
     build: Callable[[list[tuple[str, Parameter]], torch.dtype, dict[str, Any]], Any]
 
 
+@dataclass(frozen=True)
+class MatrixFunctionPeer:
+    """A function of one matrix or a batch of them; ``precision`` is what it computes in."""
+
+    name: str
+    call: Callable[[torch.Tensor], torch.Tensor]
+    precision: str
+
+
 def require_parameter_dtype(params: Sequence[Parameter], state_dtype: torch.dtype) -> None:
     """Refuse states of another dtype than the parameters."""
     if params[0].dtype != state_dtype:

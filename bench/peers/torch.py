@@ -7,7 +7,14 @@ from typing import Any
 import torch
 from torch.nn import Parameter
 
-from bench.peers import NamedOptimizerPeer, OptimizerPeer, require_parameter_dtype
+from bench.peers import (
+    MatrixFunctionPeer,
+    NamedOptimizerPeer,
+    OptimizerPeer,
+    require_parameter_dtype,
+)
+
+_JORDAN = (3.4445, -4.7750, 2.0315)
 
 
 def _adamw(name: str, **mode: Any) -> OptimizerPeer:
@@ -33,3 +40,32 @@ def blockwise_adam() -> list[NamedOptimizerPeer]:
     return [
         NamedOptimizerPeer(peer.name, lambda named, *rest: peer.build([p for _, p in named], *rest))
     ]
+
+
+def newton_schulz() -> list[MatrixFunctionPeer]:
+    """torch.optim.Muon's own, and Jordan's five lines in two precisions, as they are and compiled.
+
+    Muon's takes one matrix at a time.
+    """
+    from torch.optim._muon import _zeropower_via_newtonschulz
+
+    def muon(g: torch.Tensor) -> torch.Tensor:
+        matrices = g.reshape(-1, *g.shape[-2:])
+        return torch.stack([_zeropower_via_newtonschulz(x, _JORDAN, 5, 1e-7) for x in matrices])
+
+    return [
+        MatrixFunctionPeer("torch Muon's", muon, "bf16"),
+        MatrixFunctionPeer("torch plain fp32", _five_lines, "fp32"),
+        MatrixFunctionPeer("torch plain bf16", lambda g: _five_lines(g.bfloat16()), "bf16"),
+        MatrixFunctionPeer("torch.compile fp32", torch.compile(_five_lines), "fp32"),
+    ]
+
+
+def _five_lines(g: torch.Tensor) -> torch.Tensor:
+    a, b, c = _JORDAN
+    x = g.mT if g.size(-2) > g.size(-1) else g
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if g.size(-2) > g.size(-1) else x

@@ -3,8 +3,8 @@
 //   X = G / ||G||, and then in each step    A = XX'    B = bA + cAA    X <- aX + BX
 //   Gram form: R = XX', Q = I; each step    Z = bR + cRR    Q <- aQ + QZ    R <- (aI + Z) R (aI + Z);    at last X <- QX
 //
-// Symmetric products cost half: T steps take 2 T (1.5 m n^2 + 0.5 n^3) * 2 flops / 2..., i.e. T (3 m n^2 + n^3) against
-// T (4 m n^2 + 2 n^3); the Gram form 3 m n^2 + (4 T - 3) n^3. Compiled once per instruction set.
+// Symmetric products cost half: T steps are T (3 m n^2 + n^3) flops, in the Gram form 3 m n^2 + (4 T - 3) n^3; without
+// symmetry it would be T (4 m n^2 + 2 n^3). Compiled once per instruction set.
 #include "cpu/newton_schulz.h"
 
 #include "cpu/entries.h"
@@ -50,7 +50,8 @@ class Iteration {
   Iteration(const NewtonSchulzTask& task, char* workspace, int threads)
       : task_(task),
         g_(*task.matrix),
-        sides_(g_, is_turned(g_)),
+        turn_(turn_of(g_)),
+        sides_(g_, turn_ == Turn::kTransposed),
         n_(sides_.rows),
         m_(sides_.columns),
         b_(n_, m_, task.gram, workspace),
@@ -62,10 +63,17 @@ class Iteration {
       iterate_gram();
     else
       iterate();
+    if (turn_ == Turn::kSymmetric) mirror_x();
     for_rows([&](int64_t first, int64_t last) { store_rows(g_, sides_, first, last, b_.x, b_.stride); });
   }
 
  private:
+  // A symmetric matrix has a symmetric result, which BX as computed is but for rounding.
+  void mirror_x() {
+    for (int64_t i = 0; i < n_; ++i)
+      for (int64_t j = i + 1; j < n_; ++j) b_.x[j * b_.stride + i] = b_.x[i * b_.stride + j];
+  }
+
   template <typename F>
   void for_rows(const F& body) {
     parallel_for((n_ + kRowsPerChunk - 1) / kRowsPerChunk, threads_, [&](int64_t chunk) {
@@ -113,7 +121,7 @@ class Iteration {
     parallel_for(product.blocks(), threads_, [&](int64_t block) { multiply_block(product, block); });
   }
 
-  // Symmetric: out <- alpha L R + beta L or R..., all n x n; `add` may be nullptr.
+  // out <- alpha L R + beta add, all n x n and symmetric; R is what was packed.
   void multiply_squares(const S* left, S alpha, const S* add, S beta, S* out) {
     multiply({left, b_.panels, add, out, n_, n_, n_, b_.square_stride, b_.square_stride, alpha, beta, true});
   }
@@ -198,23 +206,28 @@ class Iteration {
 
   const NewtonSchulzTask& task_;
   const NewtonSchulzMatrix& g_;
+  const Turn turn_;
   const Sides sides_;
   const int64_t n_, m_;
   const Buffers<S> b_;
   const int threads_;
 };
 
+// With a few rows one singular value may be all there is, and rounding is not averaged: double costs nothing there.
+bool is_double(int64_t shorter, DType dtype) { return dtype == DType::kFloat64 || shorter <= 8; }
+
 }  // namespace
 
 int64_t newton_schulz_bytes(int64_t rows, int64_t columns, DType dtype, bool gram) {
   const int64_t n = rows < columns ? rows : columns, m = rows < columns ? columns : rows;
-  return dtype == DType::kFloat64 ? Buffers<double>(n, m, gram, nullptr).bytes
+  return is_double(n, dtype) ? Buffers<double>(n, m, gram, nullptr).bytes
                                   : Buffers<float>(n, m, gram, nullptr).bytes;
 }
 
 void newton_schulz(const NewtonSchulzTask& task, void* workspace, int threads) {
   char* const bytes = static_cast<char*>(workspace);
-  if (task.dtype == DType::kFloat64)
+  const NewtonSchulzMatrix& g = *task.matrix;
+  if (is_double(g.rows < g.columns ? g.rows : g.columns, task.dtype))
     Iteration<double>(task, bytes, threads).run();
   else
     Iteration<float>(task, bytes, threads).run();

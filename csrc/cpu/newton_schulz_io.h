@@ -58,11 +58,13 @@ struct Sides {
         out_column(turned ? g.out_stride : g.out_column_stride) {}
 };
 
-// Whether to read the matrix transposed. A square one is turned by what it holds, so that it and its transpose become
-// the same: of the first two mirrored elements that differ, the larger comes to lie above the diagonal.
-inline bool is_turned(const NewtonSchulzMatrix& g) {
-  if (g.rows != g.columns) return g.rows > g.columns;
-  bool turned = false;
+// Square matrices are turned by what they hold, so that one and its transpose become the same: of the first two
+// mirrored elements that differ, the larger comes to lie above the diagonal.
+enum class Turn { kNo, kTransposed, kSymmetric };
+
+inline Turn turn_of(const NewtonSchulzMatrix& g) {
+  if (g.rows != g.columns) return g.rows > g.columns ? Turn::kTransposed : Turn::kNo;
+  Turn turn = Turn::kSymmetric;
   with_codec(g.in_dtype, [&](auto codec) {
     using Codec = decltype(codec);
     const auto* const in = static_cast<const typename Codec::Stored*>(g.in);
@@ -71,11 +73,11 @@ inline bool is_turned(const NewtonSchulzMatrix& g) {
         const auto above = Codec::decode(in[i * g.in_stride + j * g.in_column_stride]);
         const auto below = Codec::decode(in[j * g.in_stride + i * g.in_column_stride]);
         if (above == below) continue;
-        turned = above < below;
+        turn = above < below ? Turn::kTransposed : Turn::kNo;
         return;
       }
   });
-  return turned;
+  return turn;
 }
 
 // Calls body(i, j) for some rows' elements, in an order that walks a foreign array with these strides by short strides.
@@ -141,14 +143,10 @@ void load_rows(const NewtonSchulzMatrix& g, const Sides& s, DType dtype, int exp
         x[i * stride + j] = S(Rounding::decode(encode<Rounding>(value)));
       });
     };
-    if constexpr (sizeof(S) == 8)
-      load_as(Float64());
-    else if (dtype == DType::kFloat32 || dtype == g.in_dtype)
-      load_as(Float32());
-    else if (dtype == DType::kBFloat16)
-      load_as(BFloat16());
+    if (dtype == g.in_dtype)
+      load_as(Codec());
     else
-      load_as(Float16());
+      with_codec(dtype, load_as);
   });
 }
 

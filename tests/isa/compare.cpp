@@ -9,6 +9,7 @@
 
 #include "cpu/blocks.h"
 #include "cpu/kernels.h"
+#include "cpu/newton_schulz.h"
 #include "math/blockwise_adam.h"
 #include "math/storage.h"
 
@@ -80,6 +81,17 @@ std::vector<Bytes> run(const CpuKernels& kernels, std::vector<Bytes> arrays, con
   return arrays;
 }
 
+Bytes run_newton_schulz(const CpuKernels& kernels, const Bytes& in, int64_t rows, int64_t columns, DType stored,
+                        DType rounded, bool gram) {
+  Bytes out(in.size());
+  const NewtonSchulzMatrix matrix = {in.data(), out.data(), rows, columns, columns, columns, stored, stored};
+  const NewtonSchulzStep steps[] = {{3.4445, -4.7750, 2.0315, false}, {1.5, -0.5, 0, false}, {1.875, -1.25, .375, true}};
+  void* const workspace = aligned_alloc(64, kernels.newton_schulz_bytes(rows, columns, rounded, gram));
+  kernels.newton_schulz({&matrix, steps, 3, gram, rounded}, workspace, 1);
+  free(workspace);
+  return out;
+}
+
 }  // namespace
 
 int main() {
@@ -126,6 +138,20 @@ int main() {
           if (++different <= 20)
             printf("blocks differ: param %d grad %d moment %d, %ld rows of %ld, groups of %ld\n", int(p), int(g),
                    int(m), long(region.rows), long(region.columns), long(region.group));
+        }
+  const int64_t shapes[][2] = {{1, 1}, {3, 70}, {9, 9}, {33, 40}, {100, 37}, {130, 300}};
+  for (DType stored : floats)
+    for (DType rounded : floats)
+      for (const auto& [rows, columns] : shapes)
+        for (bool gram : {false, true}) {
+          const Bytes in = random_array(stored, rows * columns, false, false, rng);
+          ++compared;
+          if (run_newton_schulz(avx2::kernels, in, rows, columns, stored, rounded, gram) ==
+              run_newton_schulz(avx512::kernels, in, rows, columns, stored, rounded, gram))
+            continue;
+          if (++different <= 30)
+            printf("Newton-Schulz differs: %d rounded to %d, %ld x %ld, gram %d\n", int(stored), int(rounded),
+                   long(rows), long(columns), int(gram));
         }
   printf("%ld compared, %ld differ\n", long(compared), long(different));
   return different != 0 || compared == 0;

@@ -44,7 +44,7 @@ def newton_schulz(
             rounding outweighs that; else ``"standard"``.
         dtype: each matrix, scaled by a power of two so that no range is exceeded, is rounded to it
             first; ``None``: it stays as it is. On the CPU arithmetic is in float64 for float64, in
-            float32 for all others, and rounded to ``G``'s dtype at the end.
+            float32 (or better) for all others, and rounded to ``G``'s dtype at the end.
         restarts: steps, counting from 0, before which the Gram form computes the matrix itself and
             its Gram matrix anew; ``None``: none in float32 and float64, which need none.
         backend: as in ``adamw_step``.
@@ -63,9 +63,9 @@ def newton_schulz(
     Source: Jordan 2024 (Muon); Amsel et al., arXiv:2505.16932 (Polar Express); the Gram form:
     Dao-AILab 2026.
     """
+    own = _check(G)
     name = backends.choose(OPERATION, backend, [G])
     _adam.check_stream(stream, name)
-    own = _check(G)
     rounding = own if dtype is None else backends.dtype_name(dtype)
     arithmetic = "float64" if rounding == "float64" else "float32"
     schedule = schedules.make(coefficients, steps, method, rounding, arithmetic, restarts)
