@@ -24,6 +24,7 @@ test-large: $(VENV)/.torch build
 bench: $(VENV)/.bench build
 	$(BIN)/python -m bench adamw
 	$(BIN)/python -m bench blockwise_adam
+	$(BIN)/python -m bench newton_schulz
 
 lint: $(VENV)/.dev $(VENV)/.test build
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -64,7 +64,9 @@ def fewest_flops(shape: Shape, gram: bool) -> float:
     count, rows, columns = shape
     n, m = min(rows, columns), max(rows, columns)
     standard = STEPS * (3 * m * n**2 + n**3)
-    return float(count * (min(standard, 3 * m * n**2 + (4 * STEPS - 3) * n**3) if gram else standard))
+    return float(
+        count * (min(standard, 3 * m * n**2 + (4 * STEPS - 3) * n**3) if gram else standard)
+    )
 
 
 class Problem:
@@ -81,9 +83,7 @@ class Problem:
     def contestant(self, name: str, call: Callable[[Tensor], Tensor], precision: str) -> Contestant:
         """One that runs ``call`` on every batch, with its error in the note."""
         got = [call(g)[-1].double() for g in self.batches]
-        error = max(
-            float((x - y).norm() / y.norm()) for x, y in zip(got, self.exact, strict=True)
-        )
+        error = max(float((x - y).norm() / y.norm()) for x, y in zip(got, self.exact, strict=True))
         wrong = "" if error <= _BOUNDS[precision] else f"relative error {error:.1e}"
 
         def run() -> None:

@@ -81,7 +81,8 @@ constexpr int kVectorBytes = 32;
 constexpr int kVectorBytes = 16;
 #endif
 typedef float Vector __attribute__((vector_size(kVectorBytes)));
-constexpr int kLanes = kVectorBytes / sizeof(float), kSums = 12;  // enough to hide the latency, few enough for registers
+constexpr int kLanes = kVectorBytes / sizeof(float),
+              kSums = 12;  // enough to hide the latency, few enough for registers
 
 void multiply_add(int64_t rounds, float* result) {
   const Vector factor = Vector{} + *result;

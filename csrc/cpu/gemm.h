@@ -1,10 +1,11 @@
-// Matrix products for matrices that live in one workspace: C <- alpha L R + beta C0, where the result may be known to be
-// symmetric. Then only the tiles that reach the lower triangle are computed, and each is stored twice.
+// Matrix products for matrices that live in one workspace: C <- alpha L R + beta C0, where the result may be known to
+// be symmetric. Then only the tiles that reach the lower triangle are computed, and each is stored twice.
 //
-// A register tile is kTileRows rows of the left matrix, read as they lie (row-major, one broadcast per element), times a
-// panel of kTileColumns columns of the right one, packed as [depth][kTileColumns]. A block of tiles is one unit of work:
-// its sums stay in L2 while slices of kDepth pass by, so each element is written once, by whoever computed it, and no
-// result depends on the number of threads. 2 flops for each element, depth and (for symmetric ones half of it) result.
+// A register tile is kTileRows rows of the left matrix, read as they lie (row-major, one broadcast per element), times
+// a panel of kTileColumns columns of the right one, packed as [depth][kTileColumns]. A block of tiles is one unit of
+// work: its sums stay in L2 while slices of kDepth pass by, so each element is written once, by whoever computed it,
+// and no result depends on the number of threads. 2 flops for each element, depth and (for symmetric ones half of it)
+// result.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -102,7 +103,14 @@ struct Product {
   int64_t blocks() const { return row_blocks() * column_blocks(); }
 };
 
-// alpha * sums + beta * add for columns [first, last) of a row; `sums` keeps the result too.
+// alpha * sum + beta * add. With a factor on both sides they are rounded alike: where the terms of a polynomial cancel,
+// one rounding less came out two to four times as wrong (a matrix with one large singular value, Polar Express).
+template <typename V, typename S>
+FUSEDOPT_INLINE V combine(V sum, S alpha, V add, S beta) {
+  return alpha == S(1) ? fma(V(beta), add, sum) : V(alpha) * sum + V(beta) * add;
+}
+
+// The same for columns [first, last) of a row; `sums` keeps the result too.
 template <typename S>
 FUSEDOPT_INLINE void finish_row(const Product<S>& p, int64_t row, int64_t first, int64_t last, S* sums) {
   using P = Pack<S>;
@@ -110,14 +118,13 @@ FUSEDOPT_INLINE void finish_row(const Product<S>& p, int64_t row, int64_t first,
   const S* const add = p.add ? p.add + row * p.stride : nullptr;
   int64_t j = first;
   for (; j + P::kLanes <= last; j += P::kLanes) {
-    P x = load_pack(sums + (j - first)) * P(p.alpha);
-    if (add) x = fma(P(p.beta), load_pack(add + j), x);
+    P x = load_pack(sums + (j - first));
+    x = add ? combine(x, p.alpha, load_pack(add + j), p.beta) : x * P(p.alpha);
     store_pack(sums + (j - first), x);
     store_pack(to + j, x);
   }
   for (; j < last; ++j) {
-    S x = sums[j - first] * p.alpha;
-    if (add) x = fma(p.beta, add[j], x);
+    const S x = add ? combine(sums[j - first], p.alpha, add[j], p.beta) : sums[j - first] * p.alpha;
     to[j] = sums[j - first] = x;
   }
 }

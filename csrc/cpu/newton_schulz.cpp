@@ -1,7 +1,8 @@
 // Newton–Schulz of one matrix (Jordan 2024; Gram form: Dao-AILab 2026). X has its short side as rows, n x m.
 //
 //   X = G / ||G||, and then in each step    A = XX'    B = bA + cAA    X <- aX + BX
-//   Gram form: R = XX', Q = I; each step    Z = bR + cRR    Q <- aQ + QZ    R <- (aI + Z) R (aI + Z);    at last X <- QX
+//   Gram form: R = XX', Q = I; each step    Z = bR + cRR    Q <- aQ + QZ    R <- (aI + Z) R (aI + Z);    at last X <-
+//   QX
 //
 // Symmetric products cost half: T steps are T (3 m n^2 + n^3) flops, in the Gram form 3 m n^2 + (4 T - 3) n^3; without
 // symmetry it would be T (4 m n^2 + 2 n^3). Compiled once per instruction set.
@@ -141,8 +142,8 @@ class Iteration {
   void multiply_x(const S* left, S alpha, S beta) {
     parallel_for((m_ + kTileColumns<S> - 1) / kTileColumns<S>, threads_,
                  [&](int64_t panel) { pack_columns(b_.x, b_.stride, n_, m_, panel, b_.panels); });
-    multiply({left, b_.panels, beta == S(0) ? nullptr : b_.x, b_.x, n_, m_, n_, b_.square_stride, b_.stride, alpha, beta,
-              false});
+    multiply({left, b_.panels, beta == S(0) ? nullptr : b_.x, b_.x, n_, m_, n_, b_.square_stride, b_.stride, alpha,
+              beta, false});
   }
 
   void iterate() {
@@ -220,8 +221,7 @@ bool is_double(int64_t shorter, DType dtype) { return dtype == DType::kFloat64 |
 
 int64_t newton_schulz_bytes(int64_t rows, int64_t columns, DType dtype, bool gram) {
   const int64_t n = rows < columns ? rows : columns, m = rows < columns ? columns : rows;
-  return is_double(n, dtype) ? Buffers<double>(n, m, gram, nullptr).bytes
-                                  : Buffers<float>(n, m, gram, nullptr).bytes;
+  return is_double(n, dtype) ? Buffers<double>(n, m, gram, nullptr).bytes : Buffers<float>(n, m, gram, nullptr).bytes;
 }
 
 void newton_schulz(const NewtonSchulzTask& task, void* workspace, int threads) {

@@ -98,8 +98,8 @@ inline double largest_magnitude(const NewtonSchulzMatrix& g, const Sides& s, int
   with_codec(g.in_dtype, [&](auto codec) {
     using Codec = decltype(codec);
     using Stored = typename Codec::Stored;
-    using Bits = std::conditional_t<sizeof(Stored) == 8, uint64_t,
-                                    std::conditional_t<sizeof(Stored) == 4, uint32_t, uint16_t>>;
+    using Bits =
+        std::conditional_t<sizeof(Stored) == 8, uint64_t, std::conditional_t<sizeof(Stored) == 4, uint32_t, uint16_t>>;
     constexpr Bits kMagnitude = Bits(-1) >> 1;
     const auto* const in = static_cast<const Stored*>(g.in);
     Bits largest = 0;
@@ -135,7 +135,8 @@ void load_rows(const NewtonSchulzMatrix& g, const Sides& s, DType dtype, int exp
       if (s.in_column == 1) {
         for (int64_t i = first_row; i < last_row; ++i)
           for (int64_t j = 0; j < s.columns; ++j)
-            x[i * stride + j] = S(Rounding::decode(encode<Rounding>(Codec::decode(in[i * s.in_row + j]) * first * second)));
+            x[i * stride + j] =
+                S(Rounding::decode(encode<Rounding>(Codec::decode(in[i * s.in_row + j]) * first * second)));
         return;
       }
       for_elements(first_row, last_row, s.columns, s.in_row, s.in_column, [&](int64_t i, int64_t j) {
@@ -182,9 +183,8 @@ inline void fill_rows(const NewtonSchulzMatrix& g, const Sides& s, int64_t first
   with_codec(g.out_dtype, [&](auto codec) {
     using Codec = decltype(codec);
     auto* const out = static_cast<typename Codec::Stored*>(g.out);
-    for_elements(first_row, last_row, s.columns, s.out_row, s.out_column, [&](int64_t i, int64_t j) {
-      out[i * s.out_row + j * s.out_column] = encode<Codec>(value);
-    });
+    for_elements(first_row, last_row, s.columns, s.out_row, s.out_column,
+                 [&](int64_t i, int64_t j) { out[i * s.out_row + j * s.out_column] = encode<Codec>(value); });
   });
 }
 

@@ -31,7 +31,8 @@ std::vector<S> panels_of(Matrix<S>& x, bool transposed) {
   const int64_t rows = transposed ? x.columns : x.rows, columns = transposed ? x.rows : x.columns;
   std::vector<S> panels(round_up(columns, kTileColumns<S>) * rows, S(NAN));
   const auto pack = transposed ? pack_rows<S> : pack_columns<S>;
-  for (int64_t p = 0; p * kTileColumns<S> < columns; ++p) pack(x.data.data(), x.stride, rows, columns, p, panels.data());
+  for (int64_t p = 0; p * kTileColumns<S> < columns; ++p)
+    pack(x.data.data(), x.stride, rows, columns, p, panels.data());
   return panels;
 }
 

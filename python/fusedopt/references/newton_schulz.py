@@ -82,5 +82,7 @@ def _rounded(x: Array, dtype: str) -> Array:
     """To nearest even, from numbers below 2^15 in magnitude."""
     if dtype == "bfloat16":
         mantissa, exponent = np.frexp(x)
-        return np.ldexp(np.rint(mantissa * 256), exponent - 8)
-    return x.astype(dtype).astype(np.float64)
+        x = np.ldexp(np.rint(mantissa * 256), exponent - 8)
+    else:
+        x = x.astype(dtype).astype(np.float64)
+    return x

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from fusedopt import _arrays, _C, backends
+from fusedopt import _C, _arrays, backends
 from fusedopt import _newton_schulz_schedule as schedules
 from fusedopt._threads import get_num_threads
 from fusedopt.references import newton_schulz as reference
@@ -35,8 +35,9 @@ def newton_schulz(
         G: array of torch, NumPy or any DLPack library, shape ``(..., m, n)``; float32, float64,
             bfloat16 or float16, any finite scale, any strides; not modified.
         steps: number of iterations, at least 1.
-        coefficients: ``"jordan"``, ``"polar_express"`` (safety factor 1.01), ``"you"``, ``"cubic"``;
-            or ``(a, b, c)``; or a list of at most ``steps`` of them, whose last one is repeated.
+        coefficients: ``"jordan"``, ``"polar_express"`` (safety factor 1.01), ``"you"`` or
+            ``"cubic"``; ``(a, b, c)``; or a list of at most ``steps`` of them, whose last one is
+            repeated.
         method: ``"standard"`` multiplies the whole matrix in each step, ``"gram"`` only its Gram
             matrix: fewer operations the longer the matrix is, but in full precision less accurate.
             ``"auto"`` is ``"gram"`` on the CPU for matrices at least 1.5 times as long as wide
