@@ -47,8 +47,8 @@ class AdamPlan {
  protected:
   enum { kParam, kGrad };  // the roles that all have in common
 
-  AdamPlan(int roles, unsigned writes, bool blocks = false)
-      : builder_(roles, writes, blocks), roles_(roles), empty_(builder_) {}
+  AdamPlan(int roles, unsigned writes, bool blocks = false, bool row_major = false)
+      : roles_(roles), builder_(roles, writes, blocks, row_major), empty_(builder_) {}
 
   struct Step {
     int64_t number;              // of the step, where it is known on the host
@@ -85,7 +85,7 @@ class AdamPlan {
   void walk_lists(const ArgNames& names, const std::vector<py::sequence>& lists, const py::object& step, Add add,
                   Absent absent);
   // Calls add(operands, index, step) for every parameter that has a gradient and states, absent(state, index) for those
-  // that have states alone. Returns those that have a gradient but no state yet, or whose counter has to follow a
+  // that have states alone. Without a key for a counter there is no step. Returns those that have a gradient but no state yet, or whose counter has to follow a
   // found_inf on the GPU but is on the CPU; if there are any, the group must be added anew once they have.
   template <typename Add, typename Absent>
   py::list walk_group(const ArgNames& names, const py::list& params, const py::dict& state,
@@ -101,6 +101,7 @@ class AdamPlan {
     return {inv_grad_scale_, grad_scale_.on(device, reader_), found_inf_.on(device, reader_)};
   }
 
+  const int roles_;
   TableBuilder builder_;  // of the rows on the CPU
   StepCounters counters_;
   std::vector<AdamWScalars<double>> scalars_;
@@ -125,7 +126,6 @@ class AdamPlan {
   int32_t scalars_for(const AdamWOptions& options, int64_t step);
   void leave_trail(const Operand* operands, PyObject* counter, PyObject* entry);
 
-  const int roles_;
   const TableBuilder empty_;  // what a GPU's table begins as
   ArrayReader reader_;
   GradReader grad_of_;
@@ -204,11 +204,11 @@ py::list AdamPlan::walk_group(const ArgNames& names, const py::list& params, con
       owners_.keep(reader_, value);
       (role == kCounter ? counter : operands[role].object) = value;
     }
-    if (__builtin_expect(found_inf_.on_gpu(), false) && counted_on_host(param, counter, names, i)) {
+    if (counter && __builtin_expect(found_inf_.on_gpu(), false) && counted_on_host(param, counter, names, i)) {
       missing.append(py::handle(param));
       continue;
     }
-    const Step step = read_step(counter, names, i);
+    const Step step = counter ? read_step(counter, names, i) : Step{};
     read(operands, names, i, &grad);
     add(operands, int64_t(i), step);
     leave_trail(operands, counter, entry);

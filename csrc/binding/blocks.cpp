@@ -127,53 +127,17 @@ bool is_global(PyObject* partition) {
   return PyUnicode_Check(partition) && PyUnicode_CompareWithASCIIString(partition, "global") == 0;
 }
 
-const Blocks& BlockResolver::next(PyObject* partition, const ArrayView& param, const ArgName& name) {
-  const size_t at = next_++;
-  if (at < places_.size() && fits(places_[at], partition, param)) return places_[at].blocks;
-  if (at > 0 && fits(places_[at - 1], partition, param)) {  // lists are full of tensors of one kind
-    const Place same = places_[at - 1];
-    if (at == places_.size()) places_.emplace_back();
-    places_[at] = same;
-    return places_[at].blocks;
-  }
-  Place place = look_up(partition, param, name);
-  if (at == places_.size()) places_.emplace_back();
-  places_[at] = std::move(place);
-  return places_[at].blocks;
-}
-
-bool BlockResolver::fits(const Place& place, PyObject* partition, const ArrayView& param) {
-  if (!std::equal(place.shape.begin(), place.shape.end(), param.shape, param.shape + param.ndim)) return false;
-  const int same = PyObject_RichCompareBool(place.partition.ptr(), partition, Py_EQ);
-  if (same < 0) throw py::error_already_set();
-  return same;
-}
-
-BlockResolver::Place BlockResolver::look_up(PyObject* partition, const ArrayView& param, const ArgName& name) const {
-  Place place;
-  place.partition = py::reinterpret_borrow<py::object>(partition);
-  place.shape.assign(param.shape, param.shape + param.ndim);
-  place.blocks.global = is_global(partition);
-  py::tuple shape(param.ndim);
-  for (int32_t d = 0; d < param.ndim; ++d) shape[d] = param.shape[d];
-  py::object regions;
-  try {
-    regions = resolve_(place.partition, shape);
-  } catch (py::error_already_set& error) {
-    const std::string message = name.str() + ": " + py::str(error.value()).cast<std::string>();
-    if (error.matches(PyExc_TypeError)) throw py::type_error(message);
-    if (error.matches(PyExc_ValueError)) throw py::value_error(message);
-    throw;
-  }
+Blocks blocks_of(py::handle partition, const py::object& regions) {
+  Blocks blocks;
+  blocks.global = is_global(partition.ptr());
   for (const py::handle entry : regions) {
     const auto region = py::reinterpret_borrow<py::sequence>(entry);
-    place.blocks.regions.push_back(
-        simplest({region[0].cast<int64_t>(), region[1].cast<int64_t>(), region[2].cast<int64_t>(),
-                  region[3].cast<int64_t>(), region[4].cast<int64_t>(), 0, kOwnBlocks}));
+    blocks.regions.push_back(simplest({region[0].cast<int64_t>(), region[1].cast<int64_t>(), region[2].cast<int64_t>(),
+                                       region[3].cast<int64_t>(), region[4].cast<int64_t>(), 0, kOwnBlocks}));
   }
-  number(place.blocks.regions);
-  for (const BlockRegion& region : place.blocks.regions) place.blocks.count += region.blocks();
-  return place;
+  number(blocks.regions);
+  for (const BlockRegion& region : blocks.regions) blocks.count += region.blocks();
+  return blocks;
 }
 
 }  // namespace fusedopt

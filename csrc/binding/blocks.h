@@ -21,28 +21,7 @@ bool in_memory_order(const Blocks& blocks, const int64_t* shape, const std::vect
 
 bool is_global(PyObject* partition);
 
-// Asks Python for a partition's regions, once for every place in a walk as long as partition and shape stay.
-class BlockResolver {
- public:
-  explicit BlockResolver(py::object resolve) : resolve_(std::move(resolve)) {}
-
-  void rewind() { next_ = 0; }
-  // Throws what resolve raises, with the parameter's name before it. The result is valid until the next call.
-  const Blocks& next(PyObject* partition, const ArrayView& param, const ArgName& name);
-
- private:
-  struct Place {
-    py::object partition;
-    std::vector<int64_t> shape;
-    Blocks blocks;
-  };
-
-  static bool fits(const Place& place, PyObject* partition, const ArrayView& param);
-  Place look_up(PyObject* partition, const ArrayView& param, const ArgName& name) const;
-
-  py::object resolve_;
-  std::vector<Place> places_;
-  size_t next_ = 0;
-};
+// From what fusedopt.partitions.resolve returned.
+Blocks blocks_of(py::handle partition, const py::object& regions);
 
 }  // namespace fusedopt

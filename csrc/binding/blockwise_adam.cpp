@@ -3,6 +3,7 @@
 
 #include "binding/adam_plan.h"
 #include "binding/gpu.h"
+#include "binding/resolver.h"
 #include "cpu/launch.h"
 #include "cuda/blockwise_adam.h"
 #include "math/blockwise_adam.h"
@@ -16,7 +17,7 @@ constexpr unsigned kWrites = 1u << Role::kParam | 1u << Role::kExpAvg | 1u << Ro
 class BlockwiseAdamPlan : public AdamPlan {
  public:
   explicit BlockwiseAdamPlan(py::object resolve)
-      : AdamPlan(Role::kCount, kWrites, true), blocks_of_(std::move(resolve)) {}
+      : AdamPlan(Role::kCount, kWrites, true), blocks_of_(std::move(resolve), blocks_of) {}
 
   void begin(const py::object& grad_scale, const py::object& found_inf, const py::object& stream, bool movable) override {
     AdamPlan::begin(grad_scale, found_inf, stream, movable);
@@ -186,7 +187,7 @@ class BlockwiseAdamPlan : public AdamPlan {
     add_row(operands, names, index, options, step, &blocks, lists_);
   }
 
-  BlockResolver blocks_of_;
+  Resolver<Blocks> blocks_of_;
   std::vector<Global> globals_;
   std::vector<Copy> copies_;
   int64_t lists_ = 0;  // lists and groups added so far

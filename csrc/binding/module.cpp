@@ -7,6 +7,7 @@
 #include "binding/arrays.h"
 #include "binding/blockwise_adam.h"
 #include "binding/gpu.h"
+#include "binding/muon.h"
 #include "binding/newton_schulz.h"
 #include "cpu/isa.h"
 
@@ -66,5 +67,6 @@ PYBIND11_MODULE(_C, module) {
   fusedopt::bind_adam_plan(module);
   fusedopt::bind_adamw(module);
   fusedopt::bind_blockwise_adam(module);
+  fusedopt::bind_muon(module);
   fusedopt::bind_newton_schulz(module);
 }

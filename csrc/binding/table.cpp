@@ -155,9 +155,9 @@ int64_t TableBuilder::add_layout(const Operand* operands, const ArgNames& names,
     flat &= memory == Memory::kDense;
     for (const int32_t d : order) flat &= strides[role][d] == strides[0][d];
   }
-  if (flat && (!blocks || in_memory_order(*blocks, param.shape, order, regions))) return kFlat;
-  if (blocks) {
-    regions->clear();
+  if (flat && !row_major_ && (!blocks || in_memory_order(*blocks, param.shape, order, regions))) return kFlat;
+  if (row_major_ || blocks) {
+    if (regions) regions->clear();
     std::sort(order.begin(), order.end());
   }
 

@@ -31,9 +31,10 @@ struct Operand {  // one array in one role; object is nullptr where the row has 
 
 class TableBuilder {
  public:
-  // blocks: the last role holds one value per block.
-  TableBuilder(int roles, unsigned writes, bool blocks = false)
-      : roles_(roles), per_block_(blocks ? roles - 1 : -1), writes_(writes) {}
+  // blocks: the last role holds one value per block. row_major: flat means row-major and axes stay in that order, as
+  // with blocks that have regions.
+  TableBuilder(int roles, unsigned writes, bool blocks = false, bool row_major = false)
+      : roles_(roles), per_block_(blocks ? roles - 1 : -1), row_major_(row_major), writes_(writes) {}
 
   void clear();
   // Adds the row of a parameter (role 0) and of what belongs to it, the index-th of its arguments. Throws if shapes or
@@ -63,6 +64,7 @@ class TableBuilder {
   std::string name_of(const Extent& extent) const;
 
   int roles_, per_block_;
+  bool row_major_;
   unsigned writes_;
   std::vector<TensorRow> rows_;
   std::vector<RowBlocks> blocks_;

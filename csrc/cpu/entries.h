@@ -15,5 +15,9 @@ void blockwise_adam_update(const TensorTable& table, const AdamWScalars<double>*
 
 void newton_schulz(const NewtonSchulzTask& task, void* workspace, int threads);
 int64_t newton_schulz_bytes(int64_t rows, int64_t columns, DType dtype, bool gram);
+void muon_before(const MuonWave& wave, int64_t begin, int64_t end);
+void normuon_sums(const MuonWave& wave, int64_t begin, int64_t end);
+void normuon_scales(const MuonWave& wave, int64_t begin, int64_t end);
+void muon_after(const MuonWave& wave, int64_t begin, int64_t end);
 
 }  // namespace fusedopt::FUSEDOPT_TARGET

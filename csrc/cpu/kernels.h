@@ -8,6 +8,7 @@ namespace fusedopt {
 
 struct BlockSums;
 struct NewtonSchulzTask;
+struct MuonWave;
 
 // Ranges [begin, end) are of the table's elements, counted over all its rows; scalars are indexed by
 // TensorRow::scalars.
@@ -22,6 +23,11 @@ struct CpuKernels {
   // One matrix that is not empty, and the size of its workspace.
   void (*newton_schulz)(const NewtonSchulzTask& task, void* workspace, int threads);
   int64_t (*newton_schulz_bytes)(int64_t rows, int64_t columns, DType dtype, bool gram);
+  // The passes of cpu/muon.cpp; ranges are of a wave's elements, of its lines of statistics and of its matrices.
+  void (*muon_before)(const MuonWave& wave, int64_t begin, int64_t end);
+  void (*normuon_sums)(const MuonWave& wave, int64_t begin, int64_t end);
+  void (*normuon_scales)(const MuonWave& wave, int64_t begin, int64_t end);
+  void (*muon_after)(const MuonWave& wave, int64_t begin, int64_t end);
 };
 
 namespace avx512 {

@@ -7,20 +7,6 @@
 namespace fusedopt::cpu {
 namespace {
 
-// Calls body(begin, end) on ranges that together are [first, last). Ranges begin at multiples of 64 elements from the
-// first; results do not depend on them.
-template <typename F>
-void parallel_elements(int64_t first, int64_t last, int threads, const F& body) {
-  const int64_t total = last - first;
-  constexpr int64_t kSmallest = 1 << 14;   // below this, waking a thread costs more than it saves
-  constexpr int64_t kRangesPerThread = 8;  // so that a thread that lost its core does not hold up the others
-  if (total < 2 * kSmallest || threads <= 1) return body(first, last);
-  int64_t range = total / (threads * kRangesPerThread);
-  range = (range < kSmallest ? kSmallest : range) / 64 * 64;
-  parallel_for((total + range - 1) / range, threads,
-               [&](int64_t i) { body(first + i * range, (i + 1) * range < total ? first + (i + 1) * range : last); });
-}
-
 struct Workspace {  // places of the regions, then their values, then shared sums
   int64_t regions = 0, shared = 0, values = 0;
   bool two_passes = false;

@@ -89,4 +89,9 @@ inline Pack<S> maximum(Pack<S> a, Pack<S> b) {
   return Pack<S>((a.v > b.v) | (a.v != a.v) ? a.v : b.v);
 }
 
+template <typename S>
+inline Pack<S> where_not_negative(Pack<S> x, Pack<S> a, Pack<S> b) {
+  return Pack<S>(x.v >= 0 ? a.v : b.v);
+}
+
 }  // namespace fusedopt::FUSEDOPT_TARGET

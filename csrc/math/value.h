@@ -25,4 +25,8 @@ HOST_DEVICE inline double sqrt(double a) { return __builtin_sqrt(a); }
 HOST_DEVICE inline float maximum(float a, float b) { return a > b || a != a ? a : b; }
 HOST_DEVICE inline double maximum(double a, double b) { return a > b || a != a ? a : b; }
 
+// a where x >= 0, else (x is NaN among it) b.
+HOST_DEVICE inline float where_not_negative(float x, float a, float b) { return x >= 0 ? a : b; }
+HOST_DEVICE inline double where_not_negative(double x, double a, double b) { return x >= 0 ? a : b; }
+
 }  // namespace fusedopt::FUSEDOPT_TARGET

@@ -101,3 +101,31 @@ class BlockwiseAdamPlan(AdamPlan):
         eps: float,
         maximize: bool,
     ) -> list[Any]: ...
+
+class MuonPlan(AdamPlan):
+    def __init__(
+        self,
+        resolve: Callable[[Any, tuple[int, ...]], Sequence[tuple[int, ...]]],
+        normuon: bool,
+    ) -> None: ...
+    def add_lists(
+        self,
+        params: Sequence[Any],
+        grads: Sequence[Any],
+        momentum_buffers: Sequence[Any],
+        row_sqs: Sequence[Any] | None,
+        partitions: list[Any],
+        lr: Sequence[float],
+        weight_decay: Sequence[float],
+        options: dict[str, Any],
+    ) -> None: ...
+    def add_group(
+        self,
+        group: int,
+        params: list[Any],
+        state: dict[Any, dict[str, Any]],
+        partitions: list[Any],
+        lr: float,
+        weight_decay: float,
+        options: dict[str, Any],
+    ) -> list[Any]: ...

@@ -15,6 +15,7 @@ from fusedopt._threads import get_num_threads, set_num_threads
 from fusedopt.backends import supports
 from fusedopt.steps.adamw import adamw_step
 from fusedopt.steps.blockwise_adam import blockwise_adam_step
+from fusedopt.steps.muon import muon_step, normuon_step
 from fusedopt.steps.newton_schulz import newton_schulz
 
 __all__ = [
@@ -22,7 +23,9 @@ __all__ = [
     "blockwise_adam_step",
     "env",
     "get_num_threads",
+    "muon_step",
     "newton_schulz",
+    "normuon_step",
     "optim",
     "partitions",
     "reference",

@@ -24,6 +24,7 @@ from fusedopt.partitions.kinds import (
     per_tensor,
     to_data,
 )
+from fusedopt.partitions.matrices import Matrix, matrices
 from fusedopt.partitions.regions import Region, block_count, block_ids, resolve
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ __all__ = [
     "Contiguous",
     "Each",
     "Heads",
+    "Matrix",
     "Partition",
     "Region",
     "Repeat",
@@ -47,6 +49,7 @@ __all__ = [
     "block_count",
     "block_ids",
     "from_data",
+    "matrices",
     "parse",
     "per_tensor",
     "resolve",
