@@ -27,6 +27,7 @@ __all__ = [
     "newton_schulz",
     "normuon_step",
     "optim",
+    "param_groups_for",
     "partitions",
     "reference",
     "set_num_threads",
@@ -47,4 +48,6 @@ if "FUSEDOPT_ISA" in os.environ:
 def __getattr__(name: str) -> Any:
     if name == "optim":  # needs torch, which the package itself does not
         return importlib.import_module("fusedopt.optim")
+    if name == "param_groups_for":  # so does this
+        return importlib.import_module("fusedopt._param_groups").param_groups_for
     raise AttributeError(f"module 'fusedopt' has no attribute {name!r}")

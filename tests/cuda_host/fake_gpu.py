@@ -34,7 +34,12 @@ ISAS = {  # as in CMakeLists.txt
         *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"),
     ],
 }
-WHOLE = ("isa", "launch", "newton_schulz_launch", "threads")  # files of csrc/cpu that are compiled once
+WHOLE = (
+    "isa",
+    "launch",
+    "newton_schulz_launch",
+    "threads",
+)  # files of csrc/cpu that are compiled once
 
 library: Any = None
 

@@ -10,5 +10,6 @@ except ImportError as error:
 
 from fusedopt.optim.adamw import AdamW
 from fusedopt.optim.blockwise_adam import BlockwiseAdam
+from fusedopt.optim.muon import Muon, NorMuon
 
-__all__ = ["AdamW", "BlockwiseAdam"]
+__all__ = ["AdamW", "BlockwiseAdam", "Muon", "NorMuon"]

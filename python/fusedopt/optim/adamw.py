@@ -113,15 +113,22 @@ class AdamW(FusedStep, torch.optim.AdamW):
         )
 
     def _init_state(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        params = _state.without_state(self.state, params)
-        keys = MOMENTS if group["amsgrad"] else MOMENTS[:2]
-        moments = [
-            _state.zeros_like(params, group["state_dtype"], kind) for kind, _ in enumerate(keys, 1)
-        ]
-        on_device = group["capturable"] or group["fused"]
-        counters = _state.step_counters(params, _counter_dtype(group), on_device)
-        for p, step, *states in zip(params, counters, *moments, strict=True):
-            self.state[p].update(step=step, **dict(zip(keys, states, strict=True)))
+        init_state(self.state, group, params)
+
+
+def init_state(
+    state: dict[Tensor, dict[str, Any]], group: dict[str, Any], params: list[Tensor]
+) -> None:
+    """Give a group's parameters the states, or the place of the counter, that they lack."""
+    params = _state.without_state(state, params)
+    keys = MOMENTS if group["amsgrad"] else MOMENTS[:2]
+    moments = [
+        _state.zeros_like(params, group["state_dtype"], kind) for kind, _ in enumerate(keys, 1)
+    ]
+    on_device = group["capturable"] or group["fused"]
+    counters = _state.step_counters(params, _counter_dtype(group), on_device)
+    for p, step, *states in zip(params, counters, *moments, strict=True):
+        state[p].update(step=step, **dict(zip(keys, states, strict=True)))
 
 
 def _counter_dtype(group: dict[str, Any]) -> torch.dtype:

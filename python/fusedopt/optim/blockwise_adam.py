@@ -1,15 +1,13 @@
 """Blockwise Adam: AdamW with one second moment per block of coordinates."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fusedopt import _C, partitions
-from fusedopt.optim import _state
+from fusedopt.optim import _partitions, _state
 from fusedopt.optim._step import FusedStep
-from fusedopt.partitions import Partition
 from fusedopt.steps import _adam
 from fusedopt.steps import blockwise_adam as steps
 
@@ -77,15 +75,14 @@ class BlockwiseAdam(FusedStep, torch.optim.Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            group["partition"] = _one_each(group)
+            group["partition"] = _partitions.one_each(group, partitions.resolve)
         except Exception:
             self.param_groups.pop()
             raise
 
     def state_dict(self) -> dict[str, Any]:
         saved: dict[str, Any] = super().state_dict()
-        for group in saved["param_groups"]:
-            group["partition"] = [partitions.to_data(p) for p in group["partition"]]
+        _partitions.to_data(saved)
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -96,7 +93,7 @@ class BlockwiseAdam(FusedStep, torch.optim.Optimizer):
         """
         final: list[dict[str, Any]] = []
         handle = self.register_load_state_dict_pre_hook(
-            lambda _, loaded: final.append(self._own_partitions(loaded))
+            lambda _, loaded: final.append(_partitions.put_in_own(self.param_groups, loaded))
         )
         try:
             super().load_state_dict(state_dict)
@@ -113,28 +110,6 @@ class BlockwiseAdam(FusedStep, torch.optim.Optimizer):
                 "block_sq": torch.float32,
             },
         )
-
-    def _own_partitions(self, loaded: dict[str, Any]) -> dict[str, Any]:
-        """Check that a checkpoint's partitions are this optimizer's, and put these in."""
-        groups = []
-        for index, group in enumerate(loaded["param_groups"]):
-            groups.append({**group})
-            if index >= len(self.param_groups):  # torch refuses it
-                continue
-            own = self.param_groups[index]["partition"]
-            saved = group.get("partition", [None] * len(group["params"]))
-            if len(saved) != len(own):  # torch refuses it
-                continue
-            for i, (theirs, ours) in enumerate(zip(saved, own, strict=True)):
-                if theirs != partitions.to_data(ours):
-                    name = "no partition" if theirs is None else repr(partitions.from_data(theirs))
-                    raise ValueError(
-                        f"param_groups[{index}]['params'][{i}]: the checkpoint was saved with "
-                        f"partition {name}, but this optimizer has {ours!r}"
-                    )
-            groups[-1]["partition"] = own
-        loaded["param_groups"] = groups
-        return loaded
 
     def _new_plan(self) -> _C.BlockwiseAdamPlan:
         return steps.new_plan()
@@ -174,34 +149,3 @@ class BlockwiseAdam(FusedStep, torch.optim.Optimizer):
         members = zip(group["params"], group["partition"], strict=True)
         states = (self.state.get(p, {}) for p, kind in members if kind == "global")
         return next((state["block_sq"] for state in states if state), None)
-
-
-def _one_each(group: dict[str, Any]) -> list[Partition]:
-    """The partition of each parameter of a group, checked against its shape."""
-    params: list[Tensor] = group["params"]
-    kinds = [_partition_of(group, i) for i in range(len(params))]
-    for i, (p, kind) in enumerate(zip(params, kinds, strict=True)):
-        try:
-            partitions.resolve(kind, p.shape)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"{_name(group, i)}: {error}") from None
-    return kinds
-
-
-def _partition_of(group: dict[str, Any], i: int) -> Partition:
-    given, p = group["partition"], group["params"][i]
-    if isinstance(given, Mapping):
-        keys = [p, group["param_names"][i]] if "param_names" in group else [p]
-        found = [given[key] for key in keys if key in given]
-        if not found:
-            raise ValueError(
-                f"{_name(group, i)}: the mapping of partitions has no entry for it; it goes by "
-                "parameter, or by name where params are named_parameters()"
-            )
-        return partitions.parse(found[0])
-    return partitions.parse(given(p) if callable(given) else given)
-
-
-def _name(group: dict[str, Any], i: int) -> str:
-    name = f" {group['param_names'][i]!r}" if "param_names" in group else ""
-    return f"parameter {i}{name} (shape {tuple(group['params'][i].shape)})"

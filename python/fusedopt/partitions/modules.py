@@ -48,9 +48,9 @@ def adam_mini(
     unused = set(given)
     result: dict[str, Partition] = {}
     unknown: dict[str, str] = {}
-    uses = _uses(model)
+    uses = uses_of(model)
     for name, parameter in model.named_parameters():
-        if (pattern := _override(name, given)) is not None:
+        if (pattern := override_of(name, given)) is not None:
             unused.discard(pattern)
             resolve(given[pattern], parameter.shape)
             result[name] = given[pattern]
@@ -59,7 +59,7 @@ def adam_mini(
             result[name] = _agreed(uses[parameter], parameter)
         except UnknownError as why:
             if parameter.requires_grad:
-                unknown[name] = _line(uses[parameter][0][0], parameter, str(why))
+                unknown[name] = line_of(uses[parameter][0][0], parameter, str(why))
     if unused:
         raise ValueError(f"overrides {sorted(unused)} match no parameter of {type(model).__name__}")
     if unknown:
@@ -67,7 +67,7 @@ def adam_mini(
     return result
 
 
-def _uses(model: nn.Module) -> dict[Tensor, list[tuple[Path, str]]]:
+def uses_of(model: nn.Module) -> dict[Tensor, list[tuple[Path, str]]]:
     """Every parameter with all places that hold it."""
     modules = dict(model.named_modules(remove_duplicate=False))
     uses: dict[Tensor, list[tuple[Path, str]]] = {}
@@ -80,14 +80,15 @@ def _uses(model: nn.Module) -> dict[Tensor, list[tuple[Path, str]]]:
     return uses
 
 
-def _override(name: str, given: Mapping[str, Partition]) -> str | None:
+def override_of(name: str, given: Mapping[str, Partition]) -> str | None:
+    """The key of ``given``, a name or a pattern, that a parameter's name matches."""
     if name in given:
         return name
     return next((pattern for pattern in given if fnmatch.fnmatchcase(name, pattern)), None)
 
 
 def _agreed(uses: Sequence[tuple[Path, str]], parameter: Tensor) -> Partition:
-    found = [parse(_classify(path, leaf, parameter)) for path, leaf in uses]
+    found = [parse(classify(path, leaf, parameter)) for path, leaf in uses]
     regions = []
     for partition in found:
         try:
@@ -99,7 +100,8 @@ def _agreed(uses: Sequence[tuple[Path, str]], parameter: Tensor) -> Partition:
     return found[0]
 
 
-def _classify(path: Path, leaf: str, parameter: Tensor) -> Partition:
+def classify(path: Path, leaf: str, parameter: Tensor) -> Partition:
+    """Adam-mini's partition of a parameter in one place that holds it."""
     owner = path[-1][1]
     if parameter.numel() <= 1 or "bias" in re.split(r"[_.]", leaf.lower()):
         return "coordinate"
@@ -111,13 +113,17 @@ def _classify(path: Path, leaf: str, parameter: Tensor) -> Partition:
     raise UnknownError(f"{type(owner).__name__} is not known")
 
 
-def _norm(path: Path, leaf: str, parameter: Tensor) -> Partition | None:
-    owner = path[-1][1]
+def is_norm(owner: nn.Module) -> bool:
+    """Whether it is a normalisation, whose parameters are gains and biases."""
     names = [base.__name__.lower() for base in type(owner).__mro__]
     if any(re.search(r"norm(\dd)?$", name) for name in names):
-        return "tensor"
+        return True
     flat = all(p.ndim == 1 for p in owner.parameters())
-    return "tensor" if flat and any("norm" in name for name in names) else None
+    return flat and any("norm" in name for name in names)
+
+
+def _norm(path: Path, leaf: str, parameter: Tensor) -> Partition | None:
+    return "tensor" if is_norm(path[-1][1]) else None
 
 
 def _layer(path: Path, leaf: str, parameter: Tensor) -> Partition | None:
@@ -131,7 +137,7 @@ def _layer(path: Path, leaf: str, parameter: Tensor) -> Partition | None:
     if attention.is_transposed_linear(owner):
         return Transposed(attention.rows_partition(path, *attention.outputs(owner)))
     convolution = isinstance(owner, nn.modules.conv._ConvNd)
-    if convolution or _is_linear(owner, parameter):
+    if convolution or is_linear(owner, parameter):
         names = [name for name, _ in path]
         if convolution and attention.role_of(names[-1:]) is None:
             return "row"
@@ -139,7 +145,8 @@ def _layer(path: Path, leaf: str, parameter: Tensor) -> Partition | None:
     return None
 
 
-def _is_linear(owner: nn.Module, weight: Tensor) -> bool:
+def is_linear(owner: nn.Module, weight: Tensor) -> bool:
+    """Whether it states these outputs and inputs."""
     sizes = (getattr(owner, "out_features", None), getattr(owner, "in_features", None))
     return weight.ndim == 2 and tuple(weight.shape) == sizes
 
@@ -171,10 +178,16 @@ _UP = re.compile(r"(gate_up|up|gate|w1|w3|wi|fc1)(_proj)?(_weight)?")
 _DOWN = re.compile(r"(down|w2|wo|fc2)(_proj)?(_weight)?")
 
 
+def is_bank(owner: nn.Module, leaf: str, parameter: Tensor) -> bool:
+    """Whether its first axis counts experts' matrices."""
+    named = _UP.fullmatch(leaf) or _DOWN.fullmatch(leaf)
+    return parameter.ndim == 3 and bool(named or _sizes(owner))
+
+
 def _experts(path: Path, leaf: str, parameter: Tensor) -> Partition | None:
     """A bank of experts' matrices: axis 0 counts experts."""
     owner = path[-1][1]
-    if parameter.ndim != 3 or not (_UP.fullmatch(leaf) or _DOWN.fullmatch(leaf) or _sizes(owner)):
+    if not is_bank(owner, leaf, parameter):
         return None
     transposed = getattr(owner, "is_transposed", None)
     if not isinstance(transposed, bool):
@@ -208,23 +221,32 @@ def _sizes(owner: nn.Module) -> list[tuple[Any, Any]]:
     return [pair for pair in stated if None not in pair]
 
 
-def _router(path: Path, leaf: str, parameter: Tensor) -> Partition | None:
-    owner = path[-1][1]
+def is_router(owner: nn.Module, leaf: str, parameter: Tensor) -> bool:
+    """Whether its outputs are experts' scores."""
     named = re.search(r"router|gate|gating", type(owner).__name__, re.I)
     if not named or leaf != "weight" or parameter.ndim != 2:
-        return None
+        return False
     names = ("num_experts", "n_routed_experts", "num_local_experts", "n_experts")
     counts = {attention.stated(owner, (name,)) for name in names}
     rows, columns = parameter.shape
-    return "row" if rows in counts and columns not in counts else None
+    return rows in counts and columns not in counts
+
+
+def _router(path: Path, leaf: str, parameter: Tensor) -> Partition | None:
+    return "row" if is_router(path[-1][1], leaf, parameter) else None
 
 
 _TOKENS = {"cls", "token", "tokens", "embed", "embedding", "embeddings", "emb"}
 
 
+def is_named_token(leaf: str) -> bool:
+    """Whether the name is that of an embedding held as a bare parameter."""
+    return bool(_TOKENS & set(re.split(r"[_\d]+", leaf.lower())))
+
+
 def _tokens(path: Path, leaf: str, parameter: Tensor) -> Partition | None:
     """Embeddings held as bare parameters, with the features on the last axis."""
-    if not _TOKENS & set(re.split(r"[_\d]+", leaf.lower())):
+    if not is_named_token(leaf):
         return None
     widths = {
         attention.stated(source, (name,))
@@ -251,23 +273,30 @@ _RULES: tuple[Callable[[Path, str, Tensor], Partition | None], ...] = (
 )
 
 
-def _line(path: Path, parameter: Tensor, why: str) -> str:
+def line_of(path: Path, parameter: Tensor, why: str) -> str:
+    """What is known of a parameter that can't be classified, for ``lines_of``."""
     inside = [type(module).__name__ for _, module in path[-2:]]
     return f"({' in '.join(reversed(inside))}, shape {tuple(parameter.shape)}): {why}"
 
 
-def _question(model: nn.Module, unknown: Mapping[str, str]) -> str:
-    """The error's text: parameters that differ only in their layer's number share a line."""
+def lines_of(unknown: Mapping[str, str]) -> list[str]:
+    """Lines by name as text: parameters that differ only in their layer's number share one."""
     lines: dict[tuple[str, str], list[str]] = {}
     for name, line in unknown.items():
         pattern = ".".join("*" if part.isdigit() else part for part in name.split("."))
         lines.setdefault((pattern, line), []).append(name)
+    return [
+        f"  {names[0] if len(names) == 1 else f'{pattern} [{len(names)} of them]'} {line}"
+        for (pattern, line), names in lines.items()
+    ]
+
+
+def _question(model: nn.Module, unknown: Mapping[str, str]) -> str:
     text = [f"adam_mini can't tell the partition of {len(unknown)} parameters:"]
-    for (pattern, line), names in lines.items():
-        shown = names[0] if len(names) == 1 else f"{pattern} [{len(names)} of them]"
-        text.append(f"  {shown} {line}")
+    text += lines_of(unknown)
+    first = ".".join("*" if part.isdigit() else part for part in next(iter(unknown)).split("."))
     text.append(
         "Pass adam_mini(model, overrides={name or pattern: partition}), such as "
-        f'{{"{next(iter(lines))[0]}": ...}}; fusedopt.partitions says what partitions there are'
+        f'{{"{first}": ...}}; fusedopt.partitions says what partitions there are'
     )
     return "\n".join(text)

@@ -142,4 +142,3 @@ def _normalize(o: Array, v: Array, lines: int, beta2: float) -> tuple[Array, Arr
     v = beta2 * v + (1 - beta2) * np.mean(o * o, axis=across)
     scaled = o / np.expand_dims(np.sqrt(v) + EPS, across)
     return scaled * (np.linalg.norm(o) / (np.linalg.norm(scaled) + EPS)), v
-

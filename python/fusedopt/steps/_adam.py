@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from fusedopt import _C, _arrays, _gpu, _options, backends
 from fusedopt._threads import get_num_threads
@@ -10,6 +10,14 @@ from fusedopt._threads import get_num_threads
 P = TypeVar("P")
 
 _local = threading.local()
+
+
+class Plan(Protocol):
+    """What a step over groups asks of a plan, or of several together."""
+
+    def check(self) -> None: ...
+    def updated(self) -> list[Any]: ...
+    def clear(self) -> None: ...
 
 
 TritonLaunch = Callable[[Any, int, int], None]  # a plan, the GPU and its stream
@@ -96,7 +104,7 @@ def is_set(found_inf: Any) -> bool:
 
 
 def param_groups_step(
-    plan: _C.AdamPlan,
+    plan: Plan,
     param_groups: Iterable[dict[str, Any]],
     begin: Callable[[], None],
     add_group: Callable[[int, dict[str, Any]], list[Any]],

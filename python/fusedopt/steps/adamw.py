@@ -1,5 +1,6 @@
 """AdamW as a functional step, and over a torch optimizer's parameter groups."""
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -110,33 +111,37 @@ def param_groups_step(
         grad_scale, found_inf: as in ``adamw_step``.
     """
     scale, found_inf, skip = _adam.loss_scale(grad_scale, found_inf, on_device=True)
-
-    def add_group(index: int, group: dict[str, Any]) -> list[Any]:
-        beta1, beta2 = group["betas"]
-        return plan.add_group(
-            index,
-            group["params"],
-            state,
-            _adam.number_or_on_device("lr", group["lr"]),
-            _adam.number_or_on_device("weight_decay", group["weight_decay"]),
-            _adam.beta("betas[0]", beta1),
-            _adam.beta("betas[1]", beta2),
-            float(group["eps"]),
-            bool(group["amsgrad"]),
-            bool(group["maximize"]),
-        )
-
     _adam.param_groups_step(
         plan,
         param_groups,
         begin=lambda: plan.begin(scale, found_inf, None, True),
-        add_group=add_group,
+        add_group=functools.partial(add_group, plan, state),
         init_state=init_state,
-        launch=None if skip else lambda: _launch(plan, found_inf=found_inf),
+        launch=None if skip else lambda: launch(plan, found_inf=found_inf),
     )
 
 
-def _launch(plan: _C.AdamWPlan, **how: Any) -> None:
+def add_group(
+    plan: _C.AdamWPlan, state: dict[Any, dict[str, Any]], index: int, group: dict[str, Any]
+) -> list[Any]:
+    """Add a torch optimizer's group to a plan; returns its parameters that lack their state."""
+    beta1, beta2 = group["betas"]
+    return plan.add_group(
+        index,
+        group["params"],
+        state,
+        _adam.number_or_on_device("lr", group["lr"]),
+        _adam.number_or_on_device("weight_decay", group["weight_decay"]),
+        _adam.beta("betas[0]", beta1),
+        _adam.beta("betas[1]", beta2),
+        float(group["eps"]),
+        bool(group["amsgrad"]),
+        bool(group["maximize"]),
+    )
+
+
+def launch(plan: _C.AdamWPlan, **how: Any) -> None:
+    """Everything that the plan holds; ``how`` as in ``_adam.launch``."""
     _adam.launch(plan, "adamw_step", triton=_launch_triton_on, **how)
 
 
@@ -155,7 +160,7 @@ def _launch_kernels(
     stream: int | None,
 ) -> None:
     _adam.bump_written(lists)
-    _launch(plan, stream=stream, backend="cuda")
+    launch(plan, stream=stream, backend="cuda")
 
 
 def _launch_triton(

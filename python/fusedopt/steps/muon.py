@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from fusedopt import _arrays, _C, _options, backends, partitions
+from fusedopt import _C, _arrays, _options, backends, partitions
 from fusedopt import _newton_schulz_schedule as schedules
 from fusedopt._threads import get_num_threads
 from fusedopt.references import muon as reference
@@ -243,6 +243,12 @@ def _schedules(
     )
 
 
+def row_count(partition: partitions.Partition, shape: Sequence[int], axis: str = "row") -> int:
+    """How many statistics NorMuon keeps for a tensor: the length of its ``row_sq``."""
+    found = partitions.matrices(partition, shape)
+    return sum(m.outputs if axis == "row" else max(m.outputs, m.inputs) for m in found)
+
+
 _per_tensor = partitions.per_tensor  # the argument of the steps hides the module
 
 
@@ -321,9 +327,7 @@ OPTION_KEYS = (
 )
 
 
-def _launch_cpu(
-    plan: _C.MuonPlan, lists: dict[str, Sequence[Any]], *_: Any
-) -> None:
+def _launch_cpu(plan: _C.MuonPlan, lists: dict[str, Sequence[Any]], *_: Any) -> None:
     _adam.bump_written(lists)
     plan.launch(get_num_threads())
 
