@@ -51,9 +51,19 @@ class Result:
         """Median time of the optimizer step alone, in milliseconds."""
         return statistics.median(self.step_milliseconds)
 
+    def steps_to(self, loss: float) -> int | None:
+        """The first step at which the smoothed training loss is this low; None: never."""
+        reached = (i for i, value in enumerate(smooth(self.train_losses), 1) if value <= loss)
+        return next(reached, None)
+
     def speedups(self, results: Sequence[Result]) -> dict[str, float]:
         """How many times faster than each of torch's own this step is, by the peer's name."""
         return {other.peer: other.median_step / self.median_step for other in results if other.peer}
+
+
+def target_loss(results: Sequence[Result]) -> float:
+    """The training loss, smoothed, at which the first optimizer ended."""
+    return smooth(results[0].train_losses)[-1]
 
 
 def print_table(results: Sequence[Result], console: Console) -> None:
@@ -64,10 +74,18 @@ def print_table(results: Sequence[Result], console: Console) -> None:
         pad_edge=False,
         collapse_padding=True,
         title="Same start and batches for all; optimizers take turns at every step",
-        caption="step: median of optimizer.step() alone; vs: how many times faster",
+        caption="steps to: until the training loss is where the first one's ended\n"
+        "step: median of optimizer.step() alone; vs: how many times faster",
     )
     table.add_column("\noptimizer", no_wrap=True)
-    headers = ["valid.\nloss", "train\nloss", "step\nms", *(f"vs\n{peer}" for peer in peers)]
+    target = target_loss(results)
+    headers = [
+        "valid.\nloss",
+        "train\nloss",
+        f"steps\nto {target:.2f}",
+        "step\nms",
+        *(f"vs\n{peer}" for peer in peers),
+    ]
     for header in [*headers, "state\nMB"]:
         table.add_column(header, justify="right")
     for result in results:
@@ -76,6 +94,7 @@ def print_table(results: Sequence[Result], console: Console) -> None:
             result.label,
             f"{result.final_validation_loss:.4f}",
             f"{result.final_train_loss:.4f}",
+            str(result.steps_to(target) or "never"),
             f"{result.median_step:.2f}",
             *(f"{speedups[peer]:.2f}" for peer in peers),
             f"{result.state_bytes / 1e6:.2f}",
@@ -92,6 +111,8 @@ def write_json(results: Sequence[Result], config: dict[str, Any], path: Path) ->
             "final_train_loss": result.final_train_loss,
             "median_step_milliseconds": result.median_step,
             "times_faster_than": result.speedups(results),
+            "target_loss": target_loss(results),
+            "steps_to_target": result.steps_to(target_loss(results)),
         }
         for result in results
     ]
@@ -130,6 +151,12 @@ def plot_losses(axes: Axes, results: Sequence[Result]) -> None:
             markeredgewidth=1.5,
             zorder=4,
         )
+    target = target_loss(results)
+    axes.axhline(target, color="black", linewidth=0.8, linestyle=":", zorder=1)
+    for index, result in enumerate(results):
+        steps = result.steps_to(target)
+        if steps is not None:
+            axes.plot([steps], [target], "|", color=COLORS[index % len(COLORS)], markersize=24)
     style_loss_axes(axes)
     axes.legend(
         handles=legend_entries(results),

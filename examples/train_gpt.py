@@ -44,6 +44,7 @@ BATCH = 8
 VALIDATION_WINDOWS = 64
 VALIDATIONS = 8  # measured before the first step, then this many times
 ADAMW: dict[str, Any] = {"lr": 2e-3, "betas": (0.9, 0.95), "eps": 1e-8}
+MUON_LR = 0.02
 WEIGHT_DECAY = 0.1
 
 
@@ -88,12 +89,21 @@ def fusedopt_blockwise_adam(model: nn.Module) -> list[Optimizer]:
     return [fusedopt.optim.BlockwiseAdam(decay_groups(model), **ADAMW, partition=by_parameter)]
 
 
+def fusedopt_muon(model: nn.Module, kind: str) -> list[Optimizer]:
+    """fusedopt's Muon or NorMuon for the hidden matrices, AdamW for the rest, in one optimizer."""
+    groups = fusedopt.param_groups_for(model, adamw=ADAMW)
+    optimizer = getattr(fusedopt.optim, kind)
+    return [optimizer(groups, lr=MUON_LR, weight_decay=WEIGHT_DECAY)]
+
+
 OPTIMIZERS = [
     Row("torch AdamW, loop", partial(torch_adamw, foreach=False, fused=False), peer="loop"),
     Row("torch AdamW, foreach", partial(torch_adamw, foreach=True), peer="foreach"),
     Row("torch AdamW, fused", partial(torch_adamw, fused=True), peer="fused"),
     Row("fusedopt AdamW", fusedopt_adamw),
     Row("fusedopt BlockwiseAdam", fusedopt_blockwise_adam),
+    Row("fusedopt Muon", partial(fusedopt_muon, kind="Muon")),
+    Row("fusedopt NorMuon", partial(fusedopt_muon, kind="NorMuon")),
 ]
 
 
@@ -212,7 +222,7 @@ def describe_run(arguments: argparse.Namespace, device: torch.device, model: GPT
         "batch": BATCH,
         "model": asdict(model.config) | {"parameters": model.parameter_count()},
         "data": {"train": TRAIN_MODULES.split(), "validation": VALIDATION_MODULES.split()},
-        "optimizer": ADAMW | {"weight_decay": WEIGHT_DECAY},
+        "optimizer": ADAMW | {"weight_decay": WEIGHT_DECAY, "muon_lr": MUON_LR},
         "device": device.type,
         "hardware": hardware(device),
         "threads": torch.get_num_threads(),

@@ -1,4 +1,4 @@
-"""`fusedopt.optim.Muon` and `NorMuon`: torch.optim.Muon's habits, checkpoints, AdamW beside them."""
+"""`fusedopt.optim.Muon`, `NorMuon`: torch.optim.Muon's habits, checkpoints, AdamW beside them."""
 
 import copy
 import gc
@@ -175,9 +175,9 @@ def test_bad_groups(group, error, message):
 def test_unknown_arguments():
     with pytest.raises(TypeError, match="beta2"):
         Muon(parameters((3, 3)), beta2=0.9)
-    with pytest.raises(TypeError, match="adamw has.*'momentum'"):
+    with pytest.raises(TypeError, match=r"adamw has.*'momentum'"):
         Muon(parameters((3, 3)), adamw={"momentum": 0.9})
-    with pytest.raises(ValueError, match="beta2 is 1.5"):
+    with pytest.raises(ValueError, match=r"beta2 is 1\.5"):
         NorMuon(parameters((3, 3)), beta2=1.5)
 
 

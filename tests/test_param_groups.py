@@ -105,6 +105,11 @@ def test_torchs_encoder_and_a_head():
     assert all("weight" not in n or "norm" in n for n in others - {"embed.weight", "head.weight"})
 
 
+def test_a_model_that_is_a_layer():
+    muon, others = sorted_out(nn.Linear(4, 4))
+    assert muon == {"weight": "tensor"} and others == {"bias"}
+
+
 def test_convolutions():
     model = nn.Sequential(
         nn.Conv2d(3, 8, 3),
@@ -151,7 +156,7 @@ def test_what_is_unknown_is_asked_for():
     assert set(muon) == {"0.mixing", "1.mixing"}
     with pytest.raises(ValueError, match=r"overrides \['x'\] match no parameter"):
         param_groups_for(model, overrides={"*.mixing": "adamw", "x": "muon"})
-    with pytest.raises(ValueError, match="overrides.*does not cut matrices"):
+    with pytest.raises(ValueError, match=r"overrides.*does not cut matrices"):
         param_groups_for(model, overrides={"*.mixing": "row"})
     with pytest.raises(ValueError, match="split is 'x'"):
         param_groups_for(model, split="x")

@@ -85,8 +85,9 @@ class AdamPlan {
   void walk_lists(const ArgNames& names, const std::vector<py::sequence>& lists, const py::object& step, Add add,
                   Absent absent);
   // Calls add(operands, index, step) for every parameter that has a gradient and states, absent(state, index) for those
-  // that have states alone. Without a key for a counter there is no step. Returns those that have a gradient but no state yet, or whose counter has to follow a
-  // found_inf on the GPU but is on the CPU; if there are any, the group must be added anew once they have.
+  // that have states alone; without a key for a counter there is no step. Returns those that have a gradient but no
+  // state yet, or whose counter has to follow a found_inf on the GPU but is on the CPU; if there are any, the group must
+  // be added anew once they have.
   template <typename Add, typename Absent>
   py::list walk_group(const ArgNames& names, const py::list& params, const py::dict& state,
                       const std::vector<StateKey>& keys, Add add, Absent absent);

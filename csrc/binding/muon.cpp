@@ -25,8 +25,8 @@ std::vector<Piece> pieces_of(py::handle, const py::object& matrices) {
   std::vector<Piece> pieces;
   for (const py::handle entry : matrices) {
     const auto m = py::reinterpret_borrow<py::sequence>(entry);
-    pieces.push_back({m[0].cast<int64_t>(), m[1].cast<int64_t>(), m[2].cast<int64_t>(), m[3].cast<int64_t>(),
-                      m[4].cast<bool>()});
+    pieces.push_back(
+        {m[0].cast<int64_t>(), m[1].cast<int64_t>(), m[2].cast<int64_t>(), m[3].cast<int64_t>(), m[4].cast<bool>()});
   }
   return pieces;
 }
@@ -175,8 +175,14 @@ class MuonPlan : public AdamPlan {
   void add(const Operand* operands, const ArgNames* names, int64_t index, PyObject* partition, double lr,
                double weight_decay, const Rule& rule) {
     check_row(operands, *names, index);
-    const MuonOptions options = {lr,           weight_decay,   rule.momentum, rule.beta2,
-                                 rule.nesterov, rule.sum_form, rule.maximize, rule.cautious,
+    const MuonOptions options = {lr,
+                                 weight_decay,
+                                 rule.momentum,
+                                 rule.beta2,
+                                 rule.nesterov,
+                                 rule.sum_form,
+                                 rule.maximize,
+                                 rule.cautious,
                                  scale_of(rule.adjust_lr_fn)};
     const int64_t row = builder_.table().size;
     std::vector<MuonMatrix> matrices;

@@ -12,7 +12,7 @@ namespace fusedopt::FUSEDOPT_TARGET {
 namespace {
 
 using Role = MuonRole;
-constexpr int64_t kAhead = 512;   // bytes ahead of each stream to ask for
+constexpr int64_t kAhead = 512;  // bytes ahead of each stream to ask for
 constexpr int64_t kSumLanes = 16;
 
 // ---- the two element-wise passes, as the driver has them

@@ -7,8 +7,8 @@
 namespace fusedopt::cpu {
 namespace {
 
-// Matrices go through a step in waves of so many elements (or one larger matrix): what they need beside their tensors is
-// bounded, and still enough for all threads.
+// Matrices go through a step in waves of so many elements (or one larger matrix): what they need beside their tensors
+// is bounded, and still enough for all threads.
 constexpr int64_t kWave = 1 << 24;
 constexpr int64_t kAlignment = 64;
 

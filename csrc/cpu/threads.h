@@ -14,8 +14,8 @@ void parallel_for(int64_t chunks, int threads, const F& body) {
   parallel_for(chunks, threads, [](const void* f, int64_t chunk) { (*static_cast<const F*>(f))(chunk); }, &body);
 }
 
-// Calls body(begin, end) on ranges of elements that together are [first, last). Ranges begin at multiples of 64 from the
-// first; results must not depend on them.
+// Calls body(begin, end) on ranges of elements that together are [first, last). Ranges begin at multiples of 64 from
+// the first; results must not depend on them.
 template <typename F>
 void parallel_elements(int64_t first, int64_t last, int threads, const F& body) {
   const int64_t total = last - first;

@@ -1,5 +1,5 @@
-// Muon (Jordan 2024; torch.optim.Muon's conventions) and NorMuon (Li et al., arXiv:2510.05491, as released): what is done
-// before and after a matrix is orthogonalised.
+// Muon (Jordan 2024; torch.optim.Muon's conventions) and NorMuon (Li et al., arXiv:2510.05491, as released): what is
+// done before and after a matrix is orthogonalised.
 //
 //   g <- ± g / grad_scale                    (maximize, loss scaling)
 //   m <- mu m + (1 - mu) g                   u = mu m + (1 - mu) g with Nesterov's step ahead, else m
@@ -39,8 +39,7 @@ struct MuonScalars {  // the same for every coordinate of one tensor; computed i
 
   template <typename T>
   HOST_DEVICE MuonScalars<T> as() const {
-    return {T(lerp_weight), T(momentum), T(grad_factor), T(decay), lerp_from_grad,
-            nesterov,       sum_form,    cautious,       beta2};
+    return {T(lerp_weight), T(momentum), T(grad_factor), T(decay), lerp_from_grad, nesterov, sum_form, cautious, beta2};
   }
 };
 

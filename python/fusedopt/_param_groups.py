@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fusedopt.partitions import attention, modules
 from fusedopt.partitions.attention import UnknownError
 from fusedopt.partitions.kinds import Each, Heads, Partition, Repeat, Slices, Transposed, parse
-from fusedopt.partitions.matrices import matrices
+from fusedopt.partitions.pieces import matrices
 
 SPLITS = ("none", "fused", "heads")
 # Output layers by name, outside of the numbered layers of a model, whose own have such names too.
@@ -189,7 +189,7 @@ def _is_output_layer(model: nn.Module, path: modules.Path) -> bool:
     if stated is not None and stated() is owner:
         return True
     names = [name for name, _ in path[1:]]
-    if not isinstance(owner, nn.Linear) or attention.scope(path) is not None:
+    if not names or not isinstance(owner, nn.Linear) or attention.scope(path) is not None:
         return False
     if any(name.isdigit() for name in names):
         return False

@@ -1,4 +1,4 @@
-"""Muon as a drop-in for ``torch.optim.Muon``, and NorMuon; AdamW beside them for what is no matrix."""
+"""Muon as a drop-in for ``torch.optim.Muon``, NorMuon, and AdamW beside them for all but matrices."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -142,7 +142,8 @@ class Muon(FusedStep, torch.optim.Optimizer):
         if unknown := muon_only & set(param_group):
             raise ValueError(f"a group of algorithm 'adamw' has no options {sorted(unknown)}")
         options = {**self._adamw, **ADAMW_FIXED, **param_group}
-        _adam.options(0, *(options[k] for k in ("lr", "betas", "eps", "weight_decay")), False)
+        lr, betas, eps, decay = (options[k] for k in ("lr", "betas", "eps", "weight_decay"))
+        _adam.options(0, lr, betas, eps, decay, False)
         _state.check_dtype(options.get("state_dtype"))
         super().add_param_group(options)
         group = self.param_groups[-1]
@@ -197,7 +198,7 @@ class Muon(FusedStep, torch.optim.Optimizer):
         return Plans(self._normuon)
 
     def _update(self, plan: "Plans", grad_scale: Any, found_inf: Any) -> None:
-        scale, found_inf, skip = _adam.loss_scale(grad_scale, found_inf, on_device=False)
+        scale, _, skip = _adam.loss_scale(grad_scale, found_inf, on_device=False)
         _adam.param_groups_step(
             plan,
             self.param_groups,

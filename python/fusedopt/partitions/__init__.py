@@ -24,7 +24,7 @@ from fusedopt.partitions.kinds import (
     per_tensor,
     to_data,
 )
-from fusedopt.partitions.matrices import Matrix, matrices
+from fusedopt.partitions.pieces import Matrix, matrices
 from fusedopt.partitions.regions import Region, block_count, block_ids, resolve
 
 if TYPE_CHECKING:

@@ -96,7 +96,8 @@ def _step(
         keep = 1.0 if momentum_form == "sum" else 1 - momentum
         buffers[i] = momentum * buffers[i] + keep * g
         u = (momentum * buffers[i] + keep * g if nesterov else buffers[i]).reshape(-1)
-        update, line = np.zeros(u.size), 0
+        line = 0
+        update: Array = np.zeros(u.size)
         for matrix in matrices(kinds[i], g.shape):
             o = newton_schulz(_view(u, matrix), coefficients=ns_coefficients, steps=ns_steps)
             if row_sqs is not None:
