@@ -9,6 +9,7 @@
 
 #include "cpu/blocks.h"
 #include "cpu/kernels.h"
+#include "cpu/muon.h"
 #include "cpu/newton_schulz.h"
 #include "math/blockwise_adam.h"
 #include "math/storage.h"
@@ -93,6 +94,39 @@ Bytes run_newton_schulz(const CpuKernels& kernels, const Bytes& in, int64_t rows
   return out;
 }
 
+// Both passes of Muon around the products, which are left out: u stands for o. row_sq makes it NorMuon.
+std::vector<Bytes> run_muon(const CpuKernels& kernels, std::vector<Bytes> arrays, const DType* dtypes,
+                            const MuonMatrix& matrix, const MuonScalars<double>& scalars) {
+  TensorRow row = {};
+  for (size_t r = 0; r < arrays.size(); ++r) {
+    row.data[r] = arrays[r].data();
+    row.dtype[r] = dtypes[r];
+  }
+  row.numel = matrix.numel();
+  row.layout = kFlat;
+  const int64_t starts[] = {0, row.numel}, line_starts[] = {0, matrix.lines()};
+  const TensorTable table = {&row, starts, nullptr, 0, 1, int(arrays.size())};
+  std::vector<double> values(row.numel), lines(matrix.lines());
+  const bool normuon = arrays.size() > MuonRole::kRowSq;
+  const MuonWave wave = {table,
+                         &scalars,
+                         &matrix,
+                         0,
+                         1,
+                         starts,
+                         line_starts,
+                         values.data(),
+                         normuon ? lines.data() : nullptr,
+                         dtypes[0] == DType::kFloat64};
+  for (int step = 0; step < 3; ++step) {
+    kernels.muon_before(wave, 0, row.numel);
+    if (normuon) kernels.normuon_sums(wave, 0, matrix.lines());
+    if (normuon) kernels.normuon_scales(wave, 0, 1);
+    kernels.muon_after(wave, 0, row.numel);
+  }
+  return arrays;
+}
+
 }  // namespace
 
 int main() {
@@ -139,6 +173,33 @@ int main() {
           if (++different <= 20)
             printf("blocks differ: param %d grad %d moment %d, %ld rows of %ld, groups of %ld\n", int(p), int(g),
                    int(m), long(region.rows), long(region.columns), long(region.group));
+        }
+  for (DType p : floats)
+    for (DType g : floats)
+      for (DType m : floats)
+        for (int variant = 0; variant < 32; ++variant) {
+          const bool by_column = variant & 1, normuon = variant & 2;
+          const DType dtypes[] = {p, g, m, DType::kFloat32};
+          const MuonMatrix matrix = {0, 0, 37, 53, 53, by_column, -0.02, 0};
+          std::vector<Bytes> arrays;
+          for (int r = 0; r < 3; ++r) arrays.push_back(random_array(dtypes[r], matrix.numel(), false, false, rng));
+          if (normuon) arrays.push_back(random_array(dtypes[3], matrix.lines(), true, false, rng));
+          const MuonOptions options = {1e-2,
+                                       0.1,
+                                       variant & 16 ? 0.3 : 0.95,
+                                       0.9,
+                                       bool(variant & 4),
+                                       false,
+                                       true,
+                                       bool(variant & 8),
+                                       MuonScale::kNone};
+          const auto scalars = generic::muon_scalars(options, 0.37);
+          ++compared;
+          if (run_muon(avx2::kernels, arrays, dtypes, matrix, scalars) ==
+              run_muon(avx512::kernels, arrays, dtypes, matrix, scalars))
+            continue;
+          if (++different <= 25)
+            printf("Muon differs: param %d grad %d momentum %d, variant %d\n", int(p), int(g), int(m), variant);
         }
   const int64_t shapes[][2] = {{1, 1}, {3, 70}, {9, 9}, {33, 40}, {100, 37}, {130, 300}};
   for (DType stored : floats)

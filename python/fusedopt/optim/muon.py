@@ -1,4 +1,4 @@
-"""Muon as a drop-in for ``torch.optim.Muon``, NorMuon, and AdamW beside them for all but matrices."""
+"""Muon as a drop-in for ``torch.optim.Muon``, NorMuon, and AdamW beside them."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -268,8 +268,8 @@ class Plans:
         return [*self.muon.updated(), *self.adamw.updated()]
 
     def launch(self) -> None:
+        self.muon.launch(get_num_threads())  # first: it asks for memory before it writes
         adamw_steps.launch(self.adamw)
-        self.muon.launch(get_num_threads())
 
     def clear(self) -> None:
         self.muon.clear()
