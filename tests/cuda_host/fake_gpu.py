@@ -34,12 +34,8 @@ ISAS = {  # as in CMakeLists.txt
         *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"),
     ],
 }
-WHOLE = (
-    "isa",
-    "launch",
-    "newton_schulz_launch",
-    "threads",
-)  # files of csrc/cpu that are compiled once
+# Files of csrc/cpu that are compiled once.
+WHOLE = ("isa", "launch", "muon_launch", "newton_schulz_launch", "threads")
 
 library: Any = None
 

@@ -1,4 +1,4 @@
-"""Muon as a drop-in for ``torch.optim.Muon``, NorMuon, and AdamW beside them."""
+"""Muon as a drop-in for ``torch.optim.Muon``; NorMuon; AdamW beside them for all but matrices."""
 
 from collections.abc import Mapping
 from typing import Any
