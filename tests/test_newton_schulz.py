@@ -124,9 +124,9 @@ def error(got, want):
 
 
 def plain_error(g, coefficients, want, **options):
-    """The worst of eight orders of the columns: one alone can be lucky where one value is all."""
+    """The worst of three orders of the columns: one alone can be lucky where one value is all."""
     errors = []
-    for seed in range(8):
+    for seed in range(3):
         order = np.random.default_rng(seed).permutation(g.shape[-1])
         mixed = plain(g[..., order], coefficients, **options)
         errors.append(error(mixed[..., np.argsort(order)], want))
