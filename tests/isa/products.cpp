@@ -81,9 +81,9 @@ int64_t wrong(int64_t n, int64_t columns, int64_t depth, bool symmetric, std::mt
 int main() {
   std::mt19937 rng(5);
   int64_t bad = 0;
-  for (int64_t n : {1, 5, 6, 7, 16, 31, 33, 95, 97, 200})
-    for (int64_t depth : {1, 2, 33, 256, 257, 600}) {
-      for (int64_t columns : {1, 15, 16, 17, 193, 400}) {
+  for (int64_t n : {1, 6, 7, 33, 97, 130})
+    for (int64_t depth : {1, 33, 257}) {
+      for (int64_t columns : {1, 16, 31, 195}) {
         bad += wrong<float>(n, columns, depth, false, rng);
         bad += wrong<double>(n, columns, depth, false, rng);
       }
