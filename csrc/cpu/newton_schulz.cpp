@@ -1,8 +1,7 @@
 // Newton–Schulz of one matrix (Jordan 2024; Gram form: Dao-AILab 2026). X has its short side as rows, n x m.
 //
 //   X = G / ||G||, and then in each step    A = XX'    B = bA + cAA    X <- aX + BX
-//   Gram form: R = XX', Q = I; each step    Z = bR + cRR    Q <- aQ + QZ    R <- (aI + Z) R (aI + Z);    at last X <-
-//   QX
+//   Gram form: R = XX', Q = I; each step    Z = bR + cRR    Q <- aQ + QZ    R <- (aI + Z) R (aI + Z);   at last QX
 //
 // Symmetric products cost half: T steps are T (3 m n^2 + n^3) flops, in the Gram form 3 m n^2 + (4 T - 3) n^3; without
 // symmetry it would be T (4 m n^2 + 2 n^3). Compiled once per instruction set.
