@@ -305,11 +305,11 @@ def test_closures_hooks_schedulers_and_tensor_lr():
 
     start = float(p.detach().square().sum())
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
-    assert float(optimizer.step(closure)) == pytest.approx(start)
+    assert optimizer.step(closure).item() == pytest.approx(start)
     assert calls == ["before", "after"]
     schedule.step()
     assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(0.05)
-    assert float(optimizer.step(closure)) < start
+    assert optimizer.step(closure).item() < start
 
 
 def test_grad_scale_and_found_inf():
