@@ -29,8 +29,10 @@ struct Arrays {  // as test_blockwise_adam.py declares it
 
 class Table {
  public:
-  explicit Table(const Arrays& a) : a_(a) {
+  Table(const Arrays& a, bool share) : a_(a) {  // share: scalars between neighbours of equal options and step
+    int32_t scalars = 0;
     for (int64_t i = 0; i < a.size; ++i) {
+      if (!share || !(a.options[i] == a.options[scalars] && a.steps[i] == a.steps[scalars])) scalars = int32_t(i);
       if (a.numel[i] == 0) continue;
       TensorRow row = {};
       for (int role = 0; role < kMaxRoles; ++role) {
@@ -39,7 +41,7 @@ class Table {
       }
       row.numel = a.numel[i];
       row.layout = a.layout[i];
-      row.scalars = int32_t(i);
+      row.scalars = scalars;
       RowBlocks blocks = {a.region_starts[i], a.region_starts[i + 1], 0};
       for (int64_t r = blocks.begin; r < blocks.end; ++r) blocks.count += a.regions[r].blocks();
       rows_.push_back(row);
@@ -63,14 +65,15 @@ class Table {
 }  // namespace
 
 extern "C" int64_t blockwise_adam_workspace(const Arrays* a, int64_t options) {
-  return cuda::blockwise_adam_workspace_bytes(Table(*a).view(), options);
+  return cuda::blockwise_adam_workspace_bytes(Table(*a, false).view(), options);
 }
 
 extern "C" const char* blockwise_adam(const Arrays* a, void* workspace, cudaStream_t stream) {
   std::vector<AdamWScalars<double>> scalars;
   for (int64_t i = 0; i < a->size; ++i)
     scalars.push_back(generic::adamw_scalars(a->options[i], a->steps[i], a->inv_grad_scale));
-  return cuda::launch_blockwise_adam(Table(*a).view(), scalars.data(), a->block_copies(), workspace, stream).error;
+  return cuda::launch_blockwise_adam(Table(*a, true).view(), scalars.data(), a->block_copies(), workspace, stream)
+      .error;
 }
 
 extern "C" const char* blockwise_adam_capturable(const Arrays* a, const cuda::DeviceNumber* lr,
@@ -81,7 +84,7 @@ extern "C" const char* blockwise_adam_capturable(const Arrays* a, const cuda::De
   std::vector<cuda::AdamWDeviceOptions> options;
   for (int64_t i = 0; i < a->size; ++i) options.push_back({a->options[i], lr[i], {}, step[i], a->steps[i]});
   const cuda::AdamWLossScale loss_scale = {a->inv_grad_scale, *grad_scale, *found_inf};
-  return cuda::launch_blockwise_adam_capturable(Table(*a).view(), options.data(), a->size, counters, counters_size,
-                                                loss_scale, a->block_copies(), workspace, stream)
+  return cuda::launch_blockwise_adam_capturable(Table(*a, false).view(), options.data(), a->size, counters,
+                                                counters_size, loss_scale, a->block_copies(), workspace, stream)
       .error;
 }

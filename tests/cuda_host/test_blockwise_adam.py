@@ -516,8 +516,8 @@ def test_neighbours_alike_in_all_but_dtypes_or_scalars(library, kind):
         (F16,) * 3,
     ]
     rows = [make_row(rng, (130, 77), own, kind) for own in dtypes for _ in range(2)]
-    lr = [0.01 * (i + 1) for i in range(len(rows))]
-    check(library, rows, [kind] * len(rows), lr=lr, step=list(range(1, 1 + len(rows))), steps=1)
+    lr = [0.01 * (1 + i // 4) for i in range(len(rows))]
+    check(library, rows, [kind] * len(rows), lr=lr, steps=1)
 
 
 def test_same_bits_in_any_order(library, monkeypatch):
@@ -664,9 +664,13 @@ FURTHER_INSTANCES = 6  # in double, and in units of two widths
 def test_many_tensors_take_few_launches(library):
     rng = np.random.default_rng(0)
     rows = [make_row(rng, (3, 4), (F32,) * 3, "column") for _ in range(2000)]
+    kinds = ["column"] * len(rows)
     launches(library)
-    assert launch(library, rows, ["column"] * 2000, **OPTIONS) is None
-    assert len(launches(library)) == 3 * 15  # scalars of its own make a row long: 136 to a launch
+    assert launch(library, rows, kinds, **OPTIONS) is None
+    assert len(launches(library)) == 3 * 4  # 581 to a launch
+    lr = list(rng.uniform(0.001, 0.1, len(rows)))
+    assert launch(library, rows, kinds, **{**OPTIONS, "lr": lr}) is None
+    assert len(launches(library)) == 3 * 15  # with scalars of their own 136
 
 
 def test_no_races(monkeypatch):
