@@ -9,6 +9,7 @@
 #include "binding/gpu.h"
 #include "binding/muon.h"
 #include "binding/newton_schulz.h"
+#include "binding/sinkhorn_newton_sparse.h"
 #include "cpu/isa.h"
 
 namespace py = pybind11;
@@ -69,4 +70,5 @@ PYBIND11_MODULE(_C, module) {
   fusedopt::bind_blockwise_adam(module);
   fusedopt::bind_muon(module);
   fusedopt::bind_newton_schulz(module);
+  fusedopt::bind_sinkhorn_newton_sparse(module);
 }

@@ -19,5 +19,8 @@ void muon_before(const MuonWave& wave, int64_t begin, int64_t end);
 void normuon_sums(const MuonWave& wave, int64_t begin, int64_t end);
 void normuon_scales(const MuonWave& wave, int64_t begin, int64_t end);
 void muon_after(const MuonWave& wave, int64_t begin, int64_t end);
+int64_t transport_workspace_bytes(int64_t n, int64_t m);
+CostSummary transport_inspect(const TransportProblem& problem, void* workspace);
+void transport_solve(const TransportProblem& problem, TransportResult* result, void* workspace);
 
 }  // namespace fusedopt::FUSEDOPT_TARGET

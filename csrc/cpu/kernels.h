@@ -9,6 +9,9 @@ namespace fusedopt {
 struct BlockSums;
 struct NewtonSchulzTask;
 struct MuonWave;
+struct CostSummary;
+struct TransportProblem;
+struct TransportResult;
 
 // Ranges [begin, end) are of the table's elements, counted over all its rows; scalars are indexed by
 // TensorRow::scalars.
@@ -28,6 +31,10 @@ struct CpuKernels {
   void (*normuon_sums)(const MuonWave& wave, int64_t begin, int64_t end);
   void (*normuon_scales)(const MuonWave& wave, int64_t begin, int64_t end);
   void (*muon_after)(const MuonWave& wave, int64_t begin, int64_t end);
+  // Entropic optimal transport (cpu/sinkhorn_newton_sparse): the workspace is of this size, aligned to 64 bytes.
+  int64_t (*transport_workspace_bytes)(int64_t n, int64_t m);
+  CostSummary (*transport_inspect)(const TransportProblem& problem, void* workspace);
+  void (*transport_solve)(const TransportProblem& problem, TransportResult* result, void* workspace);
 };
 
 namespace avx512 {

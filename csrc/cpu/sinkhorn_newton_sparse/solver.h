@@ -1,0 +1,235 @@
+// The whole solve: reg goes down in stages, each with a few Sinkhorn iterations and then Newton steps, until the
+// marginal error is below the tolerance. Every step is one pass, at a new g.
+#pragma once
+#include "cpu/sinkhorn_newton_sparse/system.h"
+
+namespace fusedopt::FUSEDOPT_TARGET {
+
+class TransportSolver {
+ public:
+  TransportSolver(const TransportProblem& problem, TransportResult* result, void* memory)
+      : p_(problem), r_(*result), w_(memory, problem.n, problem.m), pass_(p_, w_), system_(p_, w_) {}
+
+  void solve() {
+    start();
+    if (p_.method == TransportMethod::kSinkhorn)
+      relaxed_sinkhorn();
+    else
+      for (int64_t stage = stages(); stage >= 0 && !exhausted(); --stage) run_stage(stage);
+    finish();
+  }
+
+ private:
+  // Stage k works at reg 4^k, down from where the plan is smooth.
+  static constexpr double kStageRatio = 4, kSmooth = 20;
+  static constexpr double kStageTolerance = 1e-2;
+  static constexpr int kSinkhornSteps = 3;
+  static constexpr double kKeep = 1e-3;
+
+  int64_t stages() const {
+    if (p_.warm || p_.one_stage) return 0;
+    int64_t stage = 0;
+    for (double reg = p_.reg; reg * kSmooth < p_.range; reg *= kStageRatio) ++stage;
+    return stage;
+  }
+
+  bool exhausted() const { return r_.iterations >= p_.max_iterations; }
+
+  void start() {
+    r_.iterations = 0;
+    mass_ = 0;
+    for (int64_t i = 0; i < p_.n; ++i) {
+      mass_ += p_.a[i];
+      w_.log_a[i] = log(p_.a[i]);
+      w_.f[i] = 0;
+    }
+    for (int64_t j = 0; j < w_.mp; ++j) {
+      w_.b[j] = j < p_.m ? p_.b[j] : 0;
+      w_.log_b[j] = log(w_.b[j]);
+      w_.g[j] = w_.b[j] > 0 ? (p_.warm ? r_.g[j] : 0) : -__builtin_inf();
+    }
+    best_error_ = __builtin_inf();
+  }
+
+  void run_stage(int64_t stage) {
+    reg_ = p_.reg;
+    for (int64_t k = 0; k < stage; ++k) reg_ *= kStageRatio;
+    last_ = stage == 0;
+    const double target = last_ ? p_.tolerance : kStageTolerance * mass_;
+    damping_ = kDamping;
+    evaluate(0, 1);
+    double before = 0;
+    for (int64_t sinkhorn = 0; !exhausted();) {
+      if (error_ <= target) return;
+      if (sinkhorn < kSinkhornSteps || sinkhorn_is_enough(before, target)) {
+        before = error_;
+        move_columns(1);
+        evaluate(++sinkhorn < kSinkhornSteps ? 0 : kKeep, 1);
+        record(false, 0, 1);
+      } else if (newton()) {
+        before = 0;
+      } else {
+        if (++failures_ > kMostFailures) return;
+        move_columns(1);
+        evaluate(kKeep, 1);
+        record(false, 0, 1);
+      }
+    }
+  }
+  static constexpr int kMostFailures = 20;
+
+  // Whether Sinkhorn, at the rate of its last iteration, is done before Newton would be.
+  bool sinkhorn_is_enough(double before, double target) const {
+    if (!(before > 0) || error_ >= before) return false;
+    const double needed = log(target / error_) / log(error_ / before);
+    return needed <= (last_ ? kNewtonSteps : kNewtonSteps / 2);
+  }
+  static constexpr double kNewtonSteps = 8;
+
+  // The pass at w_.g, and what follows from its sums.
+  void evaluate(double keep, double relax) {
+    pass_.run({reg_, keep, relax});
+    kept_ = keep > 0;
+    error_ = 0;
+    double norm = 0;
+    objective_ = 0;
+    for (int64_t j = 0; j < p_.m; ++j) {
+      const double gap = w_.b[j] - w_.columns[j];
+      error_ += gap < 0 ? -gap : gap;
+      norm += gap * gap;
+      if (w_.b[j] > 0) objective_ -= w_.b[j] * w_.g[j];
+    }
+    for (int64_t i = 0; i < p_.n; ++i)
+      if (p_.a[i] > 0) objective_ -= p_.a[i] * w_.f[i];
+    norm_ = sqrt(norm);
+    if (last_ && relax == 1 && error_ < best_error_) {
+      best_error_ = error_;
+      copy(w_.g, w_.best);
+    }
+  }
+
+  void record(bool newton, int64_t cg_iterations, double step) {
+    const double entries = kept_ && newton ? double(system_.entries()) : 0;
+    r_.trace[r_.iterations++] = {reg_, newton ? 1.0 : 0.0, error_, entries, double(cg_iterations), step};
+  }
+
+  // g_j += omega reg log(b_j / c_j). A column that every row has left is brought back to where its best row sees it.
+  void move_columns(double omega) {
+    for (int64_t j = 0; j < w_.mp; j += kLanes)
+      store(w_.image + j, load(w_.log_b + j) - log(load(w_.columns + j)));
+    for (int64_t j = 0; j < p_.m; ++j) {
+      if (!(w_.b[j] > 0)) continue;
+      if (w_.columns[j] > 1e-300)
+        w_.g[j] += omega * reg_ * w_.image[j];
+      else
+        w_.g[j] = reg_ * w_.log_b[j] - pass_.column_top(j);
+    }
+  }
+
+  // One Newton step with line search; false: none was found, and g is as before.
+  bool newton() {
+    if (!kept_) evaluate(kKeep, 1);
+    system_.prepare(damping_ * norm_);
+    const CgResult cg = system_.solve(last_ ? 1e-3 : 1e-1);
+    copy(w_.g, w_.base);
+    const double start = objective_, slope = along(w_.step);
+    if (!(slope < 0)) return false;
+    double step = 1, most = 0;
+    for (int64_t j = 0; j < p_.m; ++j) {
+      const double size = w_.step[j] < 0 ? -w_.step[j] : w_.step[j];
+      most = size > most ? size : most;
+    }
+    if (most > kLongest) step = kLongest / most;
+    for (int trial = 0; trial < kTrials; ++trial) {
+      for (int64_t j = 0; j < p_.m; ++j) w_.g[j] = w_.base[j] + step * reg_ * w_.step[j];
+      evaluate(kKeep, 1);
+      const double noise = 1e-14 * ((start < 0 ? -start : start) + p_.range * mass_ * 1e-2);
+      const double now = along(w_.step);
+      const bool lower = objective_ <= start + 1e-4 * step * reg_ * slope;
+      const bool level = objective_ <= start + noise && (now < 0 ? -now : now) <= 0.9 * -slope;
+      if (lower || level) {
+        record(true, cg.iterations, step);
+        damping_ = step == 1 ? larger_of(damping_ / 2, kLeastDamping) : damping_ * 2;
+        return true;
+      }
+      step *= 0.5;
+    }
+    copy(w_.base, w_.g);
+    evaluate(kKeep, 1);
+    damping_ *= 10;
+    return false;
+  }
+  static constexpr double kDamping = 1e-3, kLeastDamping = 1e-5, kLongest = 50;
+  static constexpr int kTrials = 12;
+
+  static double larger_of(double x, double y) { return x > y ? x : y; }
+
+  // The gradient's share along a direction.
+  double along(const double* direction) const {
+    double sum = 0;
+    for (int64_t j = 0; j < p_.m; ++j) sum += (w_.columns[j] - w_.b[j]) * direction[j];
+    return sum;
+  }
+
+  // Sinkhorn with over-relaxed potentials (Lehmann et al., arXiv:2012.12562): the rate of plain iterations gives omega.
+  void relaxed_sinkhorn() {
+    reg_ = p_.reg;
+    last_ = true;
+    double omega = 1, checked = 0;
+    evaluate(0, 1);
+    for (int64_t k = 1; !exhausted() && error_ > p_.tolerance; ++k) {
+      move_columns(omega);
+      const bool check = k % kCheck == 0 || omega == 1;
+      evaluate(0, check ? 1 : omega);
+      record(false, 0, omega);
+      if (k % kCheck) continue;
+      if (checked > 0) omega = next_omega(omega, error_ / checked);
+      checked = error_;
+    }
+  }
+  static constexpr int64_t kCheck = 10;
+
+  double next_omega(double omega, double shrink) const {
+    if (!(shrink < 1)) return 1;  // too far
+    if (omega > 1) return omega;
+    const double rate = root(shrink, kCheck);
+    return 2 / (1 + sqrt(1 - rate));
+  }
+  static double root(double x, int64_t degree) { return exp(log(x) / double(degree)); }
+
+  void copy(const double* from, double* to) const { memcpy(to, from, w_.mp * sizeof(double)); }
+
+  // f at the best g, both shifted so that <f,a> = <g,b>, and what their plan is like.
+  void finish() {
+    reg_ = p_.reg;
+    last_ = true;
+    if (best_error_ < __builtin_inf()) copy(w_.best, w_.g);
+    pass_.run({reg_, 0, 1});
+    double from_f = 0, from_g = 0;
+    for (int64_t i = 0; i < p_.n; ++i)
+      if (p_.a[i] > 0) from_f += p_.a[i] * w_.f[i];
+    for (int64_t j = 0; j < p_.m; ++j)
+      if (p_.b[j] > 0) from_g += p_.b[j] * w_.g[j];
+    const double shift = mass_ > 0 ? (from_g - from_f) / (2 * mass_) : 0;
+    for (int64_t i = 0; i < p_.n; ++i) r_.f[i] = w_.f[i] += shift;
+    for (int64_t j = 0; j < p_.m; ++j) r_.g[j] = w_.g[j] -= shift;
+    r_.error = pass_.measure(reg_, &r_.cost, &r_.mass);
+    for (int64_t j = 0; j < p_.m; ++j) {
+      const double gap = w_.columns[j] - p_.b[j];
+      r_.error += gap < 0 ? -gap : gap;
+    }
+    r_.value = from_f + from_g + reg_ * (mass_ - r_.mass);
+    r_.converged = r_.error <= p_.tolerance;
+  }
+
+  const TransportProblem& p_;
+  TransportResult& r_;
+  const Workspace w_;
+  const Pass pass_;
+  NewtonSystem system_;
+  double mass_ = 0, reg_ = 0, error_ = 0, norm_ = 0, objective_ = 0, best_error_ = 0, damping_ = kDamping;
+  bool last_ = false, kept_ = false;
+  int failures_ = 0;
+};
+
+}  // namespace fusedopt::FUSEDOPT_TARGET
