@@ -85,7 +85,7 @@ py::list inspect(const py::object& cost, Doubles a, Doubles b, int threads) {
 // The workspace is one for each of `lanes`, which work side by side.
 void solve(const py::object& cost, Doubles a, Doubles b, Doubles reg, Doubles range, Doubles f, Doubles g,
            Doubles trace, Doubles facts, double tolerance, int64_t max_iterations, bool sinkhorn, bool warm,
-           bool one_stage, py::array_t<uint8_t, py::array::c_style> workspace, int64_t lanes, int threads) {
+           bool single_step, py::array_t<uint8_t, py::array::c_style> workspace, int64_t lanes, int threads) {
   ArrayReader reader;
   const CostView view(reader, cost);
   const int64_t count = view.problems, n = view.n, m = view.m, bytes = workspace_bytes(n, m);
@@ -108,7 +108,7 @@ void solve(const py::object& cost, Doubles a, Doubles b, Doubles reg, Doubles ra
     problem.max_iterations = max_iterations;
     problem.method = sinkhorn ? TransportMethod::kSinkhorn : TransportMethod::kNewton;
     problem.warm = warm;
-    problem.one_stage = one_stage;
+    problem.single_step = single_step;
     problem.threads = inner_threads;
     TransportResult result = {};
     result.f = f0 + i * n;
@@ -144,7 +144,7 @@ void bind_sinkhorn_newton_sparse(py::module_& module) {
              py::arg("reg").noconvert(), py::arg("range").noconvert(), py::arg("f").noconvert(),
              py::arg("g").noconvert(), py::arg("trace").noconvert(), py::arg("facts").noconvert(),
              py::arg("tolerance"), py::arg("max_iterations"), py::arg("sinkhorn"), py::arg("warm"),
-             py::arg("one_stage"), py::arg("workspace").noconvert(), py::arg("lanes"), py::arg("threads"));
+             py::arg("single_step"), py::arg("workspace").noconvert(), py::arg("lanes"), py::arg("threads"));
 }
 
 }  // namespace fusedopt

@@ -13,6 +13,29 @@ def device_of(array: Any, name: str) -> tuple[int, int]: ...
 def isa() -> str: ...
 def available_isas() -> list[str]: ...
 def set_isa(name: str) -> None: ...
+def transport_workspace_bytes(n: int, m: int) -> int: ...
+def transport_inspect(
+    cost: Any, a: NDArray[Any], b: NDArray[Any], threads: int
+) -> list[tuple[float, float, int, int, int, int]]: ...
+def transport_solve(
+    cost: Any,
+    a: NDArray[Any],
+    b: NDArray[Any],
+    reg: NDArray[Any],
+    range: NDArray[Any],
+    f: NDArray[Any],
+    g: NDArray[Any],
+    trace: NDArray[Any],
+    facts: NDArray[Any],
+    tolerance: float,
+    max_iterations: int,
+    sinkhorn: bool,
+    warm: bool,
+    single_step: bool,
+    workspace: NDArray[Any],
+    lanes: int,
+    threads: int,
+) -> None: ...
 
 class AdamPlan:
     def begin(self, grad_scale: Any, found_inf: Any, stream: int | None, movable: bool) -> None: ...

@@ -17,6 +17,11 @@ from fusedopt.steps.adamw import adamw_step
 from fusedopt.steps.blockwise_adam import blockwise_adam_step
 from fusedopt.steps.muon import muon_step, normuon_step
 from fusedopt.steps.newton_schulz import newton_schulz
+from fusedopt.steps.sinkhorn_newton_sparse import (
+    sinkhorn_newton_sparse,
+    sinkhorn_step,
+    sns_newton_step,
+)
 
 __all__ = [
     "adamw_step",
@@ -31,6 +36,9 @@ __all__ = [
     "partitions",
     "reference",
     "set_num_threads",
+    "sinkhorn_newton_sparse",
+    "sinkhorn_step",
+    "sns_newton_step",
     "supports",
 ]
 

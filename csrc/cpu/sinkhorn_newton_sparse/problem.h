@@ -15,8 +15,8 @@ struct TransportProblem {
   double range;           // largest finite cost - smallest
   int64_t max_iterations;
   TransportMethod method;
-  bool warm;       // g holds a start
-  bool one_stage;  // begin with reg itself
+  bool warm;         // g holds a start
+  bool single_step;  // one iteration of the method from there, whatever comes of it
   int threads;
 };
 

@@ -27,7 +27,7 @@ class TransportSolver {
   static constexpr double kKeep = 1e-3;
 
   int64_t stages() const {
-    if (p_.warm || p_.one_stage) return 0;
+    if (p_.warm) return 0;
     int64_t stage = 0;
     for (double reg = p_.reg; reg * kSmooth < p_.range; reg *= kStageRatio) ++stage;
     return stage;
@@ -61,7 +61,7 @@ class TransportSolver {
     double before = 0;
     for (int64_t sinkhorn = 0; !exhausted();) {
       if (error_ <= target) return;
-      if (sinkhorn < kSinkhornSteps || sinkhorn_is_enough(before, target)) {
+      if (sinkhorn < (p_.single_step ? 0 : kSinkhornSteps) || sinkhorn_is_enough(before, target)) {
         before = error_;
         move_columns(1);
         evaluate(++sinkhorn < kSinkhornSteps ? 0 : kKeep, 1);
@@ -102,7 +102,7 @@ class TransportSolver {
     for (int64_t i = 0; i < p_.n; ++i)
       if (p_.a[i] > 0) objective_ -= p_.a[i] * w_.f[i];
     norm_ = sqrt(norm);
-    if (last_ && relax == 1 && error_ < best_error_) {
+    if (last_ && relax == 1 && (error_ < best_error_ || p_.single_step)) {
       best_error_ = error_;
       copy(w_.g, w_.best);
     }

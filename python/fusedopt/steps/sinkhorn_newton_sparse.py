@@ -1,0 +1,302 @@
+"""Entropic optimal transport by Sinkhorn-Newton-Sparse."""
+
+import sys
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fusedopt import _arrays, _C, backends
+from fusedopt._threads import get_num_threads
+from fusedopt.references import sinkhorn_newton_sparse as reference
+from fusedopt.steps import _transport
+from fusedopt.steps._transport import Problem, TransportResult
+
+METHODS = ("sns", "sinkhorn", "sns-paper")
+
+
+def sinkhorn_newton_sparse(
+    cost: Any,
+    a: Any = None,
+    b: Any = None,
+    *,
+    reg: Any,
+    tol: float = 1e-8,
+    max_iter: int = 2000,
+    f: Any = None,
+    g: Any = None,
+    method: str = "sns",
+    backend: str | None = None,
+) -> Any:
+    """Solve entropic optimal transport.
+
+    Minimises ``⟨C, P⟩ + reg Σ P log P`` over plans with ``P1 = a``, ``Pᵀ1 = b``; the solution is
+    ``P = exp((f_i + g_j − C_ij) / reg)``.
+
+    Args:
+        cost: ``(n, m)``, or ``(problems, n, m)`` for a batch, or a list of matrices of any sizes
+            (the result is a list); float32 or float64 of torch, NumPy or any DLPack library. Only
+            read; copied where its rows are not contiguous. ``inf`` forbids a pair. Arithmetic is in
+            float64 for both dtypes.
+        a, b: marginals ``(n,)`` and ``(m,)``, or one per problem; uniform by default. Not negative,
+            of equal sums (``b`` is scaled by what rounding left). A zero empties its row or column
+            and makes its potential ``-inf``.
+        reg: positive, at least 1e-7 of the largest finite cost; one for all or one per problem.
+        tol: on the L1 error of both marginals.
+        max_iter: of Sinkhorn and Newton iterations together. What is not solved then is returned
+            as it is best, with ``converged`` false.
+        f, g: potentials to start from, such as an earlier result's; ``g`` is enough.
+        method: ``"sns"``: reg goes down in stages, each of a few Sinkhorn iterations and Newton
+            steps on the plan's larger entries. ``"sinkhorn"``: over-relaxed Sinkhorn.
+            ``"sns-paper"``: the paper's own schedule, on the reference backend only.
+        backend: ``"cpu"``, ``"reference"``, or ``None``: by where the cost is.
+
+    Returns:
+        A ``TransportResult``. Its ``value`` has gradients with respect to those of ``cost``, ``a``
+        and ``b`` that are torch tensors which require them: ``P``, ``f + reg/2``, ``g + reg/2``, by
+        the envelope theorem. A problem of a batch gets the bits it would get alone.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it.
+        RuntimeError: the backend is not available here.
+
+    Source: Tang, Shavlovsky, Rahmanian, Tardini, Thekumparampil, Xiao, Ying, arXiv:2401.12253.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method is {method!r}, expected one of {', '.join(METHODS)}")
+    _check_limits(tol, max_iter)
+    if isinstance(cost, list | tuple):
+        return _solve_list(cost, a, b, reg, tol, max_iter, f, g, method, backend)
+    given = _transport.problem(cost, a, b, reg)
+    name = backends.choose(OPERATION, backend, [cost])
+    if method == "sns-paper" and name != "reference":
+        raise ValueError(f"method 'sns-paper' runs on backend 'reference' only, not on {name!r}")
+    solved = OPERATION.launchers[name](given, _start(given, f, g), tol, max_iter, method)
+    return _result(cost, a, b, given, solved)
+
+
+def sinkhorn_step(
+    cost: Any, a: Any = None, b: Any = None, *, reg: Any, g: Any = None, backend: str | None = None
+) -> TransportResult:
+    """One Sinkhorn iteration from ``g`` (zeros by default): ``f``, then ``g``, then the new ``f``.
+
+    Arguments and result as in ``sinkhorn_newton_sparse``.
+    """
+    return _step(SINKHORN_STEP, "sinkhorn", cost, a, b, reg, g, backend)
+
+
+def sns_newton_step(
+    cost: Any, a: Any = None, b: Any = None, *, reg: Any, g: Any = None, backend: str | None = None
+) -> TransportResult:
+    """One sparse Newton step with line search from ``g`` (zeros by default).
+
+    Arguments and result as in ``sinkhorn_newton_sparse``.
+    """
+    return _step(SNS_NEWTON_STEP, "sns", cost, a, b, reg, g, backend)
+
+
+def _step(
+    operation: backends.Operation,
+    method: str,
+    cost: Any,
+    a: Any,
+    b: Any,
+    reg: Any,
+    g: Any,
+    backend: str | None,
+) -> TransportResult:
+    given = _transport.problem(cost, a, b, reg)
+    name = backends.choose(operation, backend, [cost])
+    start = _start(given, None, g)
+    if start is None:
+        start = np.where(given.b > 0, 0.0, -np.inf)
+    solved = operation.launchers[name](given, start, 0.0, 1, method)
+    return _result(cost, a, b, given, solved)
+
+
+def _check_limits(tol: float, max_iter: int) -> None:
+    if not tol > 0:
+        raise ValueError(f"tol is {tol}, expected a positive number")
+    if isinstance(max_iter, bool) or not isinstance(max_iter, int) or max_iter < 1:
+        raise ValueError(f"max_iter is {max_iter!r}, expected a whole number >= 1")
+
+
+def _solve_list(
+    costs: Any,
+    a: Any,
+    b: Any,
+    reg: Any,
+    tol: float,
+    max_iter: int,
+    f: Any,
+    g: Any,
+    method: str,
+    backend: str | None,
+) -> list[TransportResult]:
+    def of(name: str, argument: Any, i: int) -> Any:
+        if not isinstance(argument, list | tuple):
+            if argument is None or name == "reg":
+                return argument
+            raise TypeError(f"{name} is {type(argument).__name__}, expected a list as cost is one")
+        if len(argument) != len(costs):
+            raise ValueError(f"{name} has {len(argument)} entries, cost has {len(costs)}")
+        return argument[i]
+
+    return [
+        sinkhorn_newton_sparse(
+            cost,
+            of("a", a, i),
+            of("b", b, i),
+            reg=of("reg", reg, i),
+            tol=tol,
+            max_iter=max_iter,
+            f=of("f", f, i),
+            g=of("g", g, i),
+            method=method,
+            backend=backend,
+        )
+        for i, cost in enumerate(costs)
+    ]
+
+
+def _start(given: Problem, f: Any, g: Any) -> NDArray[Any] | None:
+    """The potentials g to start from, if any."""
+    problems, n, m = given.shape
+    start = _potential("g", g, (problems, m), given.b, given.batched)
+    from_f = _potential("f", f, (problems, n), given.a, given.batched)
+    if start is None and from_f is not None:  # what each column would pay at most
+        start = (_arrays.to_float64(given.cost) - from_f[:, :, None]).min(axis=1)
+        start[given.b == 0] = -np.inf
+    return start
+
+
+def _potential(
+    name: str, values: Any, shape: tuple[int, int], marginal: NDArray[Any], batched: bool
+) -> NDArray[Any] | None:
+    if values is None:
+        return None
+    expected = shape if batched else shape[1:]
+    if tuple(getattr(values, "shape", ())) != expected:
+        raise ValueError(
+            f"{name} has shape {tuple(getattr(values, 'shape', ()))}, expected {expected}"
+        )
+    array = np.array(_arrays.to_float64(values)).reshape(shape)
+    array[marginal == 0] = -np.inf
+    if not np.isfinite(array[marginal > 0]).all():
+        raise ValueError(f"{_transport.describe(name, values)}: not finite where there is mass")
+    return array
+
+
+Solved = tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]  # f, g, facts, trace
+
+
+def _launch_cpu(
+    given: Problem, start: NDArray[Any] | None, tol: float, max_iter: int, method: str
+) -> Solved:
+    problems, n, m = given.shape
+    threads = get_num_threads()
+    summaries = _C.transport_inspect(given.cost, given.a, given.b, threads)
+    ranges = _transport.check_cost(given, summaries)
+    f = np.empty((problems, n))
+    g = np.empty((problems, m)) if start is None else start
+    facts = np.empty((problems, 6))
+    trace = np.empty((problems, max_iter, 6))
+    lanes = min(problems, threads)
+    workspace = np.empty(lanes * _C.transport_workspace_bytes(n, m) + 64, np.uint8)
+    _C.transport_solve(
+        given.cost,
+        given.a,
+        given.b,
+        given.reg,
+        ranges,
+        f,
+        g,
+        trace,
+        facts,
+        tol,
+        max_iter,
+        method == "sinkhorn",
+        start is not None,
+        tol == 0,
+        workspace,
+        lanes,
+        threads,
+    )
+    return f, g, facts, trace
+
+
+def _launch_reference(
+    given: Problem, start: NDArray[Any] | None, tol: float, max_iter: int, method: str
+) -> Solved:
+    cost = _arrays.to_float64(given.cost)
+    _transport.check_cost(
+        given, [reference.inspect(*each) for each in zip(cost, given.a, given.b, strict=True)]
+    )
+    solved = [
+        reference.sinkhorn_newton_sparse(
+            cost[i],
+            given.a[i],
+            given.b[i],
+            reg=given.reg[i],
+            tol=tol,
+            max_iter=max_iter,
+            g=None if start is None else start[i],
+            method=method,
+        )
+        for i in range(len(cost))
+    ]
+    trace = np.empty((len(cost), max_iter, 6))
+    for i, one in enumerate(solved):
+        trace[i, : one.iterations] = np.array(one.trace).reshape(one.iterations, 6)
+    facts = [
+        (s.iterations, s.marginal_error, s.cost, 0, s.value, s.marginal_error <= tol)
+        for s in solved
+    ]
+    f, g = (np.stack([getattr(s, name) for s in solved]) for name in "fg")
+    return f, g, np.array(facts, dtype=float), trace
+
+
+def _result(cost: Any, a: Any, b: Any, given: Problem, solved: Solved) -> TransportResult:
+    f, g, facts, trace = solved
+    iterations, errors, costs, _, values, converged = facts.T
+    value: Any = values.copy()
+    if any(_transport.is_torch(x) and x.requires_grad for x in (cost, a, b)):
+        value = _with_gradients(cost, a, b, given, f, g, values)
+    batch = TransportResult(
+        f=_transport.like(cost, f),
+        g=_transport.like(cost, g),
+        cost=costs.copy(),
+        value=value,
+        marginal_error=errors.copy(),
+        iterations=iterations.astype(np.int64),
+        converged=converged.astype(bool),
+        reg=given.reg,
+        _cost_matrix=given.cost,
+        _trace=trace,
+    )
+    return batch if given.batched else batch[0]
+
+
+def _with_gradients(
+    cost: Any, a: Any, b: Any, given: Problem, f: Any, g: Any, values: NDArray[Any]
+) -> Any:
+    """The values as a tensor of shape (problems,) that autograd can go on from."""
+    from fusedopt.steps._transport_autograd import Value
+
+    torch = sys.modules["torch"]
+    tensors = [x if _transport.is_torch(x) else None for x in (cost, a, b)]
+    return Value.apply(
+        *tensors, *(torch.from_numpy(x) for x in (f, g, given.reg, values)), given.batched
+    )
+
+
+_LAUNCHERS = {"cpu": _launch_cpu, "reference": _launch_reference}
+OPERATION = backends.register(
+    backends.Operation("sinkhorn_newton_sparse", _LAUNCHERS, _transport.DTYPES)
+)
+SINKHORN_STEP = backends.register(
+    backends.Operation("sinkhorn_step", {"cpu": _launch_cpu}, _transport.DTYPES)
+)
+SNS_NEWTON_STEP = backends.register(
+    backends.Operation("sns_newton_step", {"cpu": _launch_cpu}, _transport.DTYPES)
+)
