@@ -76,16 +76,18 @@ def polished(cost, a, b, reg, g):
     cost, a, b, g = (np.asarray(x, LONG) for x in (cost, a, b, g))
     b = b * (a.sum() / b.sum())
     reg = LONG(reg)
-    for _ in range(12):
+    for _ in range(40):
         rows = (g - cost) / reg
         top = rows.max(1)
         f = reg * (np.log(a) - top - np.log(np.exp(rows - top[:, None]).sum(1)))
         plan = np.exp((f[:, None] + g - cost) / reg)
         gap = b - plan.sum(0)
+        if abs(gap).sum() < 1e-15:
+            return f, g, f @ a + g @ b, (plan * cost).sum()
         hessian = (np.diag(plan.sum(0)) - plan.T @ (plan / a[:, None])).astype(float)
-        g = g + reg * (np.linalg.lstsq(hessian, gap.astype(float), rcond=1e-14)[0])
-    assert abs(gap).sum() < 1e-15
-    return f, g, f @ a + g @ b, (plan * cost).sum()
+        step = np.linalg.lstsq(hessian, gap.astype(float), rcond=1e-14)[0]
+        g = g + reg * np.clip(step, -1, 1)  # what rounding leaves of tiny eigenvalues is no direction
+    raise AssertionError(f"not polished: {abs(gap).sum()}")
 
 
 @needs_long
@@ -97,7 +99,7 @@ def test_families_against_truth(family, backend):
     assert result.converged and result.marginal_error <= 1e-8
     plan, error = error_of(cost, a, b, result.f, result.g, reg)
     assert error <= 1.01e-8 + 4e-16 / reg
-    np.testing.assert_allclose(result.plan(), plan, rtol=1e-15 / reg)
+    np.testing.assert_allclose(result.plan(), plan, rtol=1e-15 / reg, atol=1e-300)
     _, _, value, spent = polished(cost, a, b, reg, result.g)
     assert abs(result.value - value) <= 1e-10
     assert abs(result.cost - spent) <= 1e-7

@@ -58,7 +58,7 @@ class ApproximateFactor {
         }
     }
   }
-  static constexpr double kFaintest = 1e-9;
+  static constexpr double kFaintest = 1e-13;
 
   // Degrees into `mark`, ties to the ground.
   bool count_edges(const double* columns) {

@@ -24,7 +24,7 @@ class TransportSolver {
   static constexpr double kStageRatio = 4, kSmooth = 20;
   static constexpr double kStageTolerance = 1e-2;
   static constexpr int kSinkhornSteps = 3;
-  static constexpr double kKeep = 1e-3;
+  static constexpr double kKeep = 1e-3, kLeastKeep = 1e-12, kSlow = 0.1;
 
   int64_t stages() const {
     if (p_.warm) return 0;
@@ -51,32 +51,46 @@ class TransportSolver {
     best_error_ = __builtin_inf();
   }
 
-  void run_stage(int64_t stage) {
+  void set_stage(int64_t stage) {
     reg_ = p_.reg;
     for (int64_t k = 0; k < stage; ++k) reg_ *= kStageRatio;
     last_ = stage == 0;
+  }
+
+  void run_stage(int64_t stage) {
+    set_stage(stage);
     const double target = last_ ? p_.tolerance : kStageTolerance * mass_;
     damping_ = kDamping;
+    keep_ = kKeep;
     evaluate(0, 1);
     double before = 0;
     for (int64_t sinkhorn = 0; !exhausted();) {
-      if (error_ <= target) return;
+      if (error_ <= target && settled()) return;
       if (sinkhorn < (p_.single_step ? 0 : kSinkhornSteps) || sinkhorn_is_enough(before, target)) {
         before = error_;
+        gain_ = 0;
         move_columns(1);
-        evaluate(++sinkhorn < kSinkhornSteps ? 0 : kKeep, 1);
+        evaluate(++sinkhorn < kSinkhornSteps ? 0 : keep_, 1);
         record(false, 0, 1);
       } else if (newton()) {
         before = 0;
       } else {
-        if (++failures_ > kMostFailures) return;
+        if (error_ <= target || ++failures_ > kMostFailures) return;
         move_columns(1);
-        evaluate(kKeep, 1);
+        evaluate(keep_, 1);
         record(false, 0, 1);
       }
     }
   }
   static constexpr int kMostFailures = 20;
+
+  // Whether the value, too, is as good as the tolerance promises: where the plan nearly falls into pieces, small
+  // marginal errors can hide large ones in potentials. Judged by what the last Newton step expected to gain.
+  bool settled() {
+    return !last_ || gain_ <= kValueShare * p_.tolerance * p_.range * mass_ || ++polished_ > kMostPolish;
+  }
+  static constexpr double kValueShare = 1e-3;
+  static constexpr int kMostPolish = 8;
 
   // Whether Sinkhorn, at the rate of its last iteration, is done before Newton would be.
   bool sinkhorn_is_enough(double before, double target) const {
@@ -128,11 +142,11 @@ class TransportSolver {
 
   // One Newton step with line search; false: none was found, and g is as before.
   bool newton() {
-    if (!kept_) evaluate(kKeep, 1);
+    if (!kept_) evaluate(keep_, 1);
     system_.prepare(damping_ * norm_);
     const CgResult cg = system_.solve(last_ ? 1e-3 : 1e-1);
     copy(w_.g, w_.base);
-    const double start = objective_, slope = along(w_.step);
+    const double start = objective_, before = error_, slope = along(w_.step);
     if (!(slope < 0)) return false;
     double step = 1, most = 0;
     for (int64_t j = 0; j < p_.m; ++j) {
@@ -142,7 +156,7 @@ class TransportSolver {
     if (most > kLongest) step = kLongest / most;
     for (int trial = 0; trial < kTrials; ++trial) {
       for (int64_t j = 0; j < p_.m; ++j) w_.g[j] = w_.base[j] + step * reg_ * w_.step[j];
-      evaluate(kKeep, 1);
+      evaluate(keep_, 1);
       const double noise = 1e-14 * ((start < 0 ? -start : start) + p_.range * mass_ * 1e-2);
       const double now = along(w_.step);
       const bool lower = objective_ <= start + 1e-4 * step * reg_ * slope;
@@ -150,19 +164,28 @@ class TransportSolver {
       if (lower || level) {
         record(true, cg.iterations, step);
         damping_ = step == 1 ? larger_of(damping_ / 2, kLeastDamping) : damping_ * 2;
+        const double shrink = error_ / before;
+        gain_ = -slope * reg_ * shrink * shrink;
+        if (step == 1 && error_ > kSlow * before) keep_more();
         return true;
       }
       step *= 0.5;
     }
     copy(w_.base, w_.g);
-    evaluate(kKeep, 1);
+    evaluate(keep_, 1);
     damping_ *= 10;
     return false;
   }
-  static constexpr double kDamping = 1e-3, kLeastDamping = 1e-5, kLongest = 50;
+  static constexpr double kDamping = 1e-3, kLeastDamping = 1e-8, kLongest = 50;
   static constexpr int kTrials = 12;
 
   static double larger_of(double x, double y) { return x > y ? x : y; }
+
+  // Full steps that gain little: what ties the plan's pieces together was dropped.
+  void keep_more() {
+    if (system_.entries() * 4 < p_.n * p_.m) keep_ = larger_of(keep_ / 10, kLeastKeep);
+    damping_ /= 4;
+  }
 
   // The gradient's share along a direction.
   double along(const double* direction) const {
@@ -171,31 +194,45 @@ class TransportSolver {
     return sum;
   }
 
-  // Sinkhorn with over-relaxed potentials (Lehmann et al., arXiv:2012.12562): the rate of plain iterations gives omega.
+  // Sinkhorn with over-relaxed potentials (Lehmann et al., arXiv:2012.12562), after some plain iterations at larger
+  // reg. Every tenth iteration is exact in f, so that the marginal error is known there.
   void relaxed_sinkhorn() {
-    reg_ = p_.reg;
-    last_ = true;
-    double omega = 1, checked = 0;
+    for (int64_t stage = stages(); stage > 0; --stage) {
+      set_stage(stage);
+      evaluate(0, 1);
+      for (int k = 0; k < kWarming && error_ > kStageTolerance * mass_ && !exhausted(); ++k) sinkhorn(1, 1);
+    }
+    set_stage(0);
     evaluate(0, 1);
+    double omega = 1, checked = error_;
     for (int64_t k = 1; !exhausted() && error_ > p_.tolerance; ++k) {
-      move_columns(omega);
-      const bool check = k % kCheck == 0 || omega == 1;
-      evaluate(0, check ? 1 : omega);
-      record(false, 0, omega);
+      sinkhorn(omega, k % kCheck ? omega : 1);
+      if (error_ <= p_.tolerance) evaluate(0, 1);  // so far it was the columns' error alone
       if (k % kCheck) continue;
-      if (checked > 0) omega = next_omega(omega, error_ / checked);
+      omega = next_omega(omega, error_ / checked);
       checked = error_;
     }
   }
+  static constexpr int kWarming = 10;
   static constexpr int64_t kCheck = 10;
+  static constexpr double kMostOmega = 1.98;
 
-  double next_omega(double omega, double shrink) const {
-    if (!(shrink < 1)) return 1;  // too far
-    if (omega > 1) return omega;
-    const double rate = root(shrink, kCheck);
-    return 2 / (1 + sqrt(1 - rate));
+  void sinkhorn(double omega, double relax) {
+    move_columns(omega);
+    evaluate(0, relax);
+    record(false, 0, omega);
   }
-  static double root(double x, int64_t degree) { return exp(log(x) / double(degree)); }
+
+  // The best factor by Young's relation (mu + omega - 1)^2 = lambda omega^2 mu between the rate mu that is seen at this
+  // omega and the rate lambda of plain Sinkhorn.
+  static double next_omega(double omega, double shrink) {
+    if (!(shrink < 1)) return 1 + (omega - 1) * 0.7;  // too far
+    const double mu = exp(log(shrink) / double(kCheck)), sum = mu + omega - 1;
+    const double lambda = sum * sum / (omega * omega * mu);
+    if (mu <= omega - 1 || !(lambda < 1)) return omega;
+    const double best = 2 / (1 + sqrt(1 - lambda));
+    return best < kMostOmega ? best : kMostOmega;
+  }
 
   void copy(const double* from, double* to) const { memcpy(to, from, w_.mp * sizeof(double)); }
 
@@ -227,9 +264,10 @@ class TransportSolver {
   const Workspace w_;
   const Pass pass_;
   NewtonSystem system_;
-  double mass_ = 0, reg_ = 0, error_ = 0, norm_ = 0, objective_ = 0, best_error_ = 0, damping_ = kDamping;
+  double mass_ = 0, reg_ = 0, error_ = 0, norm_ = 0, objective_ = 0, best_error_ = 0, damping_ = kDamping, keep_ = kKeep;
   bool last_ = false, kept_ = false;
-  int failures_ = 0;
+  double gain_ = 0;  // what is still expected of the objective
+  int failures_ = 0, polished_ = 0;
 };
 
 }  // namespace fusedopt::FUSEDOPT_TARGET

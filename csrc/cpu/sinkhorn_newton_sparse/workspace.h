@@ -20,10 +20,10 @@ inline int64_t chunk_count(int64_t n, int64_t m) {
 
 // Edges of the graph that the tree-like preconditioner takes on, and room for its factor.
 inline int64_t max_edges(int64_t n, int64_t m) {
-  const int64_t sparse = 16 * (n + m);
+  const int64_t sparse = 12 * (n + m);
   return n * m < sparse ? n * m : sparse;
 }
-inline int64_t max_factor(int64_t n, int64_t m) { return 6 * max_edges(n, m) + n + m; }
+inline int64_t max_factor(int64_t n, int64_t m) { return 4 * max_edges(n, m); }
 
 class Carver {
  public:
