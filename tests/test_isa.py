@@ -24,7 +24,7 @@ def compile_object(source: str, out: Path, *flags: str) -> str:
 @x86_only
 def test_avx512_source_gives_the_bits_of_avx2(tmp_path: Path) -> None:
     """The AVX-512 kernels, with their few intrinsics spelled out lane by lane, against AVX2's."""
-    kernels = ["adamw", "blockwise_adam", "kernels", "muon", "newton_schulz"]
+    kernels = ["adamw", "blockwise_adam", "kernels", "muon", "newton_schulz", "sinkhorn_newton_sparse"]
     twin = str(ROOT / "tests/isa/avx512_twin.h")
     wide = ["-include", twin, "-DFUSEDOPT_TARGET=avx512", "-DFUSEDOPT_PACK_BYTES=64"]
     narrow = ["-DFUSEDOPT_TARGET=avx2", "-DFUSEDOPT_PACK_BYTES=32"]
@@ -35,6 +35,7 @@ def test_avx512_source_gives_the_bits_of_avx2(tmp_path: Path) -> None:
     ]
     objects += [
         compile_object("tests/isa/compare.cpp", tmp_path / "compare.o"),
+        compile_object("tests/isa/compare_transport.cpp", tmp_path / "compare_transport.o"),
         compile_object("csrc/cpu/threads.cpp", tmp_path / "threads.o"),
     ]
     subprocess.run(["c++", *objects, "-pthread", "-o", str(tmp_path / "compare")], check=True)

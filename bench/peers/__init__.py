@@ -49,6 +49,19 @@ class MatrixFunctionPeer:
     precision: str
 
 
+@dataclass(frozen=True)
+class TransportPeer:
+    """A solver of optimal transport: ``solve(cost, a, b, reg, tol)`` returns the plan.
+
+    ``exact``: it has no use for ``reg``. ``batched``: it takes many problems, and only those.
+    """
+
+    name: str
+    solve: Callable[[Any, Any, Any, float, float], Any]
+    exact: bool = False
+    batched: bool = False
+
+
 def require_parameter_dtype(params: Sequence[Parameter], state_dtype: torch.dtype) -> None:
     """Refuse states of another dtype than the parameters."""
     if params[0].dtype != state_dtype:

@@ -16,6 +16,8 @@
 
 using namespace fusedopt;
 
+int64_t transports_that_differ(int64_t* compared);  // compare_transport.cpp
+
 namespace {
 
 using Bytes = std::vector<char>;
@@ -215,6 +217,7 @@ int main() {
             printf("Newton-Schulz differs: %d rounded to %d, %ld x %ld, gram %d\n", int(stored), int(rounded),
                    long(rows), long(columns), int(gram));
         }
+  different += transports_that_differ(&compared);
   printf("%ld compared, %ld differ\n", long(compared), long(different));
   return different != 0 || compared == 0;
 }
