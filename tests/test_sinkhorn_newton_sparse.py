@@ -86,7 +86,9 @@ def polished(cost, a, b, reg, g):
             return f, g, f @ a + g @ b, (plan * cost).sum()
         hessian = (np.diag(plan.sum(0)) - plan.T @ (plan / a[:, None])).astype(float)
         step = np.linalg.lstsq(hessian, gap.astype(float), rcond=1e-14)[0]
-        g = g + reg * np.clip(step, -1, 1)  # what rounding leaves of tiny eigenvalues is no direction
+        g = g + reg * np.clip(
+            step, -1, 1
+        )  # what rounding leaves of tiny eigenvalues is no direction
     raise AssertionError(f"not polished: {abs(gap).sum()}")
 
 
@@ -287,9 +289,13 @@ def test_trace():
     assert len(result.trace) == result.iterations
     newton = [step for step in result.trace if step.stage == "newton"]
     assert newton and {step.stage for step in result.trace} == {"newton", "sinkhorn"}
-    assert all(0 < s.nnz <= cost.size + 16 * 60 and s.cg_iterations > 0 and 0 < s.step <= 1 for s in newton)
+    assert all(
+        0 < s.nnz <= cost.size + 16 * 60 and s.cg_iterations > 0 and 0 < s.step <= 1 for s in newton
+    )
     assert result.trace[-1].reg == reg and result.trace[0].reg > reg
-    assert result.trace[-1].marginal_error == pytest.approx(result.marginal_error, rel=0.1, abs=1e-10)
+    assert result.trace[-1].marginal_error == pytest.approx(
+        result.marginal_error, rel=0.1, abs=1e-10
+    )
 
 
 def test_single_steps():
@@ -326,7 +332,9 @@ def test_gradients():
 
 def test_gradients_of_scaled_marginals_and_batches():
     """Both marginals times t: the mass changes too."""
-    cost, a, b = (torch.from_numpy(np.stack(x)) for x in zip(random(4, 5), random(4, 5, 1)))
+    cost, a, b = (
+        torch.from_numpy(np.stack(x)) for x in zip(random(4, 5), random(4, 5, 1), strict=False)
+    )
     t = torch.tensor([1.3, 0.7], dtype=torch.float64).requires_grad_()
     cost.requires_grad_()
 
@@ -339,31 +347,31 @@ def test_gradients_of_scaled_marginals_and_batches():
 
 NAN = float("nan")
 BAD = [
-    (dict(cost=[[1.0]]), TypeError, "cost"),
-    (dict(cost=np.zeros((2, 3), np.int64)), TypeError, r"cost \(shape \(2, 3\), int64\)"),
-    (dict(cost=np.zeros(3)), ValueError, r"cost \(shape \(3,\).*expected \(n, m\)"),
-    (dict(cost=np.zeros((0, 3))), ValueError, "no elements"),
-    (dict(cost=np.array([[0, 1, NAN], [0, 0, 0]])), ValueError, r"cost has NaN at \(0, 2\)"),
-    (dict(cost=np.array([[0, 1, 2], [0, -np.inf, 0]])), ValueError, r"-inf at \(1, 1\)"),
-    (dict(cost=np.array([[0, 1, 2], [np.inf] * 3])), ValueError, "row 1 has mass"),
-    (dict(cost=np.array([[0, np.inf, 2], [0, np.inf, 1]])), ValueError, "column 1 has mass"),
-    (dict(a=np.array([0.5, 0.4])), ValueError, "a sums to 0.9"),
-    (dict(a=np.array([1.5, -0.5])), ValueError, r"a\[1\] is negative"),
-    (dict(b=np.array([0.5, 0.5, NAN])), ValueError, r"b\[2\] is not finite"),
-    (dict(a=np.ones(3)), ValueError, r"a \(shape \(3,\), float64\): expected shape \(2,\)"),
-    (dict(a=np.ones(2, np.int32)), TypeError, "a .*int32"),
-    (dict(a=np.zeros(2)), ValueError, "sums to zero"),
-    (dict(a=0.5), TypeError, "a is float"),
-    (dict(reg=0.0), ValueError, "reg is 0.0"),
-    (dict(reg=NAN), ValueError, "reg is nan"),
-    (dict(reg=[0.1, 0.2]), ValueError, "reg has shape"),
-    (dict(reg=1e-8), ValueError, "expected at least 1e-07 of the largest cost"),
-    (dict(tol=0.0), ValueError, "tol"),
-    (dict(max_iter=0), ValueError, "max_iter"),
-    (dict(method="newton"), ValueError, "method is 'newton'"),
-    (dict(g=np.zeros(2)), ValueError, r"g has shape \(2,\), expected \(3,\)"),
-    (dict(f=np.array([0, NAN])), ValueError, "f .*not finite"),
-    (dict(backend="triton4"), ValueError, "backend is 'triton4'"),
+    ({"cost": [[1.0]]}, TypeError, "cost"),
+    ({"cost": np.zeros((2, 3), np.int64)}, TypeError, r"cost \(shape \(2, 3\), int64\)"),
+    ({"cost": np.zeros(3)}, ValueError, r"cost \(shape \(3,\).*expected \(n, m\)"),
+    ({"cost": np.zeros((0, 3))}, ValueError, "no elements"),
+    ({"cost": np.array([[0, 1, NAN], [0, 0, 0]])}, ValueError, r"cost has NaN at \(0, 2\)"),
+    ({"cost": np.array([[0, 1, 2], [0, -np.inf, 0]])}, ValueError, r"-inf at \(1, 1\)"),
+    ({"cost": np.array([[0, 1, 2], [np.inf] * 3])}, ValueError, "row 1 has mass"),
+    ({"cost": np.array([[0, np.inf, 2], [0, np.inf, 1]])}, ValueError, "column 1 has mass"),
+    ({"a": np.array([0.5, 0.4])}, ValueError, "a sums to 0.9"),
+    ({"a": np.array([1.5, -0.5])}, ValueError, r"a\[1\] is negative"),
+    ({"b": np.array([0.5, 0.5, NAN])}, ValueError, r"b\[2\] is not finite"),
+    ({"a": np.ones(3)}, ValueError, r"a \(shape \(3,\), float64\): expected shape \(2,\)"),
+    ({"a": np.ones(2, np.int32)}, TypeError, "a .*int32"),
+    ({"a": np.zeros(2)}, ValueError, "sums to zero"),
+    ({"a": 0.5}, TypeError, "a is float"),
+    ({"reg": 0.0}, ValueError, "reg is 0.0"),
+    ({"reg": NAN}, ValueError, "reg is nan"),
+    ({"reg": [0.1, 0.2]}, ValueError, "reg has shape"),
+    ({"reg": 1e-8}, ValueError, "expected at least 1e-07 of the largest cost"),
+    ({"tol": 0.0}, ValueError, "tol"),
+    ({"max_iter": 0}, ValueError, "max_iter"),
+    ({"method": "newton"}, ValueError, "method is 'newton'"),
+    ({"g": np.zeros(2)}, ValueError, r"g has shape \(2,\), expected \(3,\)"),
+    ({"f": np.array([0, NAN])}, ValueError, "f .*not finite"),
+    ({"backend": "triton4"}, ValueError, "backend is 'triton4'"),
 ]
 
 
@@ -422,6 +430,7 @@ def test_the_unregularised_limit():
     """At small reg the cost is that of the best assignment, here by brute force."""
     cost, _, _ = random(6, 6)
     best = min(
-        sum(cost[i, j] for i, j in enumerate(p)) / 6 for p in __import__("itertools").permutations(range(6))
+        sum(cost[i, j] for i, j in enumerate(p)) / 6
+        for p in __import__("itertools").permutations(range(6))
     )
     assert math.isclose(solve(cost, reg=1e-4).cost, best, abs_tol=1e-6)

@@ -142,9 +142,9 @@ void bind_sinkhorn_newton_sparse(py::module_& module) {
              py::arg("threads"));
   module.def("transport_solve", &solve, py::arg("cost"), py::arg("a").noconvert(), py::arg("b").noconvert(),
              py::arg("reg").noconvert(), py::arg("range").noconvert(), py::arg("f").noconvert(),
-             py::arg("g").noconvert(), py::arg("trace").noconvert(), py::arg("facts").noconvert(),
-             py::arg("tolerance"), py::arg("max_iterations"), py::arg("sinkhorn"), py::arg("warm"),
-             py::arg("single_step"), py::arg("workspace").noconvert(), py::arg("lanes"), py::arg("threads"));
+             py::arg("g").noconvert(), py::arg("trace").noconvert(), py::arg("facts").noconvert(), py::arg("tolerance"),
+             py::arg("max_iterations"), py::arg("sinkhorn"), py::arg("warm"), py::arg("single_step"),
+             py::arg("workspace").noconvert(), py::arg("lanes"), py::arg("threads"));
 }
 
 }  // namespace fusedopt

@@ -1,4 +1,5 @@
-// Entropic optimal transport by Sinkhorn-Newton-Sparse (Tang et al., arXiv:2401.12253), in the form that is solved here.
+// Entropic optimal transport by Sinkhorn-Newton-Sparse (Tang et al., arXiv:2401.12253), in the form that is solved
+// here.
 //
 //   minimise <C,P> + reg sum P log P,  P 1 = a,  P' 1 = b;   P_ij = exp((f_i + g_j - C_ij) / reg)
 //

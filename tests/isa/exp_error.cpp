@@ -94,7 +94,8 @@ int check() {
   const auto truth = [](long double x) { return std::exp(x); };
   const double in_double = worst<double>(ours, truth, exponent_sample<double>);
   const double in_float = worst<float>(ours, truth, exponent_sample<float>);
-  const double of_log = worst<double>([](auto x) { return log(x); }, [](long double x) { return std::log(x); }, log_sample);
+  const double of_log =
+      worst<double>([](auto x) { return log(x); }, [](long double x) { return std::log(x); }, log_sample);
   printf("%.4f %.4f %.4f\n", in_double, in_float, of_log);
   return failures != 0;
 }

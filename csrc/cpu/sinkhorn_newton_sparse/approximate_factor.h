@@ -1,7 +1,7 @@
 // A preconditioner for plans that nearly fall into pieces, where scaling alone needs thousands of iterations: an
 // approximate Cholesky factor of the Laplacian of the bipartite graph of kept entries (Gao, Kyng and Spielman,
-// arXiv:2303.00709). Eliminating a node joins its neighbours by a sampled tree instead of a clique, so that a factor has
-// about as many entries as the graph; on nodes with up to two neighbours, and so on trees, it is exact.
+// arXiv:2303.00709). Eliminating a node joins its neighbours by a sampled tree instead of a clique, so that a factor
+// has about as many entries as the graph; on nodes with up to two neighbours, and so on trees, it is exact.
 //
 // Nodes are the rows, then the columns. What a node has beyond its edges (dropped entries, the shift) is its tie to the
 // ground, which is always eliminated last and exactly.

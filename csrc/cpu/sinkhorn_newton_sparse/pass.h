@@ -67,9 +67,8 @@ class Pass {
 
   // f, w.columns, and the blocks if asked for, at w.g.
   void run(const PassOptions& options) const {
-    parallel_for(w_.chunks, p_.threads, [&](int64_t chunk) {
-      p_.single ? rows<float>(options, chunk) : rows<double>(options, chunk);
-    });
+    parallel_for(w_.chunks, p_.threads,
+                 [&](int64_t chunk) { p_.single ? rows<float>(options, chunk) : rows<double>(options, chunk); });
     add_partials(w_.columns);
   }
 
@@ -95,7 +94,8 @@ class Pass {
     double most = -__builtin_inf();
     for (int64_t i = 0; i < p_.n; ++i) {
       const int64_t at = i * p_.row_stride + j;
-      const double c = p_.single ? double(static_cast<const float*>(p_.cost)[at]) : static_cast<const double*>(p_.cost)[at];
+      const double c =
+          p_.single ? double(static_cast<const float*>(p_.cost)[at]) : static_cast<const double*>(p_.cost)[at];
       if (w_.f[i] - c > most) most = w_.f[i] - c;
     }
     return most;

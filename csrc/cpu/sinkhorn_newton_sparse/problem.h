@@ -35,8 +35,8 @@ struct TransportResult {
 
 // What a look at the cost says, before anything is computed. Elements are counted over the whole matrix.
 struct CostSummary {
-  double least, most;        // of the finite elements; least > most: there are none
-  int64_t nans, minus_infs;  // where the first one is, or -1
+  double least, most;               // of the finite elements; least > most: there are none
+  int64_t nans, minus_infs;         // where the first one is, or -1
   int64_t empty_row, empty_column;  // first with mass but without a finite element opposite to mass, or -1
 };
 

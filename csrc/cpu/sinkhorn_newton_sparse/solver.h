@@ -23,6 +23,7 @@ class TransportSolver {
   // Stage k works at reg 4^k, down from where the plan is smooth.
   static constexpr double kStageRatio = 4, kSmooth = 20;
   static constexpr double kStageTolerance = 1e-2;
+  static constexpr double kMargin = 0.8;  // the plan of rounded potentials has to be within the tolerance
   static constexpr int kSinkhornSteps = 3;
   static constexpr double kKeep = 1e-3, kLeastKeep = 1e-12, kSlow = 0.1;
 
@@ -59,7 +60,7 @@ class TransportSolver {
 
   void run_stage(int64_t stage) {
     set_stage(stage);
-    const double target = last_ ? p_.tolerance : kStageTolerance * mass_;
+    const double target = last_ ? kMargin * p_.tolerance : kStageTolerance * mass_;
     damping_ = kDamping;
     keep_ = kKeep;
     evaluate(0, 1);
@@ -129,8 +130,7 @@ class TransportSolver {
 
   // g_j += omega reg log(b_j / c_j). A column that every row has left is brought back to where its best row sees it.
   void move_columns(double omega) {
-    for (int64_t j = 0; j < w_.mp; j += kLanes)
-      store(w_.image + j, load(w_.log_b + j) - log(load(w_.columns + j)));
+    for (int64_t j = 0; j < w_.mp; j += kLanes) store(w_.image + j, load(w_.log_b + j) - log(load(w_.columns + j)));
     for (int64_t j = 0; j < p_.m; ++j) {
       if (!(w_.b[j] > 0)) continue;
       if (w_.columns[j] > 1e-300)
@@ -205,9 +205,9 @@ class TransportSolver {
     set_stage(0);
     evaluate(0, 1);
     double omega = 1, checked = error_;
-    for (int64_t k = 1; !exhausted() && error_ > p_.tolerance; ++k) {
+    for (int64_t k = 1; !exhausted() && error_ > kMargin * p_.tolerance; ++k) {
       sinkhorn(omega, k % kCheck ? omega : 1);
-      if (error_ <= p_.tolerance) evaluate(0, 1);  // so far it was the columns' error alone
+      if (error_ <= kMargin * p_.tolerance) evaluate(0, 1);  // so far it was the columns' error alone
       if (k % kCheck) continue;
       omega = next_omega(omega, error_ / checked);
       checked = error_;
@@ -264,7 +264,8 @@ class TransportSolver {
   const Workspace w_;
   const Pass pass_;
   NewtonSystem system_;
-  double mass_ = 0, reg_ = 0, error_ = 0, norm_ = 0, objective_ = 0, best_error_ = 0, damping_ = kDamping, keep_ = kKeep;
+  double mass_ = 0, reg_ = 0, error_ = 0, norm_ = 0, objective_ = 0, best_error_ = 0, damping_ = kDamping,
+         keep_ = kKeep;
   bool last_ = false, kept_ = false;
   double gain_ = 0;  // what is still expected of the objective
   int failures_ = 0, polished_ = 0;

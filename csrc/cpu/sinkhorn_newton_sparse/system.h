@@ -88,8 +88,7 @@ class NewtonSystem {
       }
       if (k < count) sum0 = fma(load(blocks + k * kLanes), load(x + columns[k]), sum0);
       const D negative(-sum_lanes(sum0 + sum1) / p_.a[i]);
-      for (k = 0; k < count; ++k)
-        store(y + columns[k], fma(negative, load(blocks + k * kLanes), load(y + columns[k])));
+      for (k = 0; k < count; ++k) store(y + columns[k], fma(negative, load(blocks + k * kLanes), load(y + columns[k])));
     }
   }
 

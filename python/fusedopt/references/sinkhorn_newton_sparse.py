@@ -122,7 +122,7 @@ class _Dense:
         f, g = f + shift, g - shift
         plan = self.plan(f, g, reg)
         error = self.error(f, g, reg)
-        cost, a, b = self.whole
+        _cost, a, b = self.whole
         whole_f, whole_g = np.full(len(a), -np.inf), np.full(len(b), -np.inf)
         whole_f[a > 0], whole_g[b > 0] = f, g
         return SinkhornResult(

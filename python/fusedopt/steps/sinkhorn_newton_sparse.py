@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fusedopt import _arrays, _C, backends
+from fusedopt import _C, _arrays, backends
 from fusedopt._threads import get_num_threads
 from fusedopt.references import sinkhorn_newton_sparse as reference
 from fusedopt.steps import _transport
