@@ -25,6 +25,7 @@ bench: $(VENV)/.bench build
 	$(BIN)/python -m bench adamw
 	$(BIN)/python -m bench blockwise_adam
 	$(BIN)/python -m bench newton_schulz
+	$(BIN)/python -m bench sinkhorn_newton_sparse
 
 lint: $(VENV)/.dev $(VENV)/.test build
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -65,7 +66,7 @@ $(VENV)/.test: $(VENV)/.torch
 
 # deepspeed comes as a source that imports torch to build, and compiles its CPU Adam (minutes) at first use.
 $(VENV)/.bench: $(VENV)/.torch
-	$(PIP) install -q -c constraints.txt matplotlib rich bitsandbytes torchao
+	$(PIP) install -q -c constraints.txt matplotlib rich bitsandbytes torchao regot POT
 	$(PIP) install -q -c constraints.txt --no-deps adam-mini pytorch_optimizer
 	$(PIP) install -q -c constraints.txt einops hjson msgpack psutil py-cpuinfo pydantic tqdm packaging
 	$(PIP) install -q -c constraints.txt --no-deps --no-build-isolation deepspeed

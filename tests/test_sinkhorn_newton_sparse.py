@@ -1,5 +1,6 @@
 """Entropic optimal transport: every backend against truth in extended precision, and hard cases."""
 
+import itertools
 import math
 import subprocess
 import sys
@@ -430,7 +431,6 @@ def test_the_unregularised_limit():
     """At small reg the cost is that of the best assignment, here by brute force."""
     cost, _, _ = random(6, 6)
     best = min(
-        sum(cost[i, j] for i, j in enumerate(p)) / 6
-        for p in __import__("itertools").permutations(range(6))
+        sum(cost[i, j] for i, j in enumerate(p)) / 6 for p in itertools.permutations(range(6))
     )
     assert math.isclose(solve(cost, reg=1e-4).cost, best, abs_tol=1e-6)

@@ -11,11 +11,11 @@ from bench.peers import TransportPeer
 _MOST = {
     "ssns": 1000,
     "splr": 1000,
-    "newton": 200,
-    "sparse_newton": 300,
-    "lbfgs_dual": 500,
-    "bcd": 200,
-    "apdagd": 200,
+    "newton": 60,
+    "sparse_newton": 50,
+    "lbfgs_dual": 200,
+    "bcd": 50,
+    "apdagd": 50,
 }
 
 
