@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 
 PAPER_SINKHORN = 20  # iterations before the first Newton step
-PAPER_SINKHORN_L1 = 700  # the paper's number for costs that are distances on a grid
 PAPER_ENTRIES = 5  # kept entries per row
 
 
