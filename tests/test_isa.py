@@ -24,7 +24,14 @@ def compile_object(source: str, out: Path, *flags: str) -> str:
 @x86_only
 def test_avx512_source_gives_the_bits_of_avx2(tmp_path: Path) -> None:
     """The AVX-512 kernels, with their few intrinsics spelled out lane by lane, against AVX2's."""
-    kernels = ["adamw", "blockwise_adam", "kernels", "muon", "newton_schulz", "sinkhorn_newton_sparse"]
+    kernels = [
+        "adamw",
+        "blockwise_adam",
+        "kernels",
+        "muon",
+        "newton_schulz",
+        "sinkhorn_newton_sparse",
+    ]
     twin = str(ROOT / "tests/isa/avx512_twin.h")
     wide = ["-include", twin, "-DFUSEDOPT_TARGET=avx512", "-DFUSEDOPT_PACK_BYTES=64"]
     narrow = ["-DFUSEDOPT_TARGET=avx2", "-DFUSEDOPT_PACK_BYTES=32"]

@@ -57,7 +57,11 @@ class AdamPlan {
   };
   struct Options {  // of one tensor; lr and weight_decay hold what `numbers` has where they are on the host
     Options(const Number& lr, const Number& weight_decay, double beta1, double beta2, double eps, bool maximize)
-        : numbers{lr.on_gpu() ? 0 : lr.on_host(), beta1,   beta2, eps, weight_decay.on_gpu() ? 0 : weight_decay.on_host(),
+        : numbers{lr.on_gpu() ? 0 : lr.on_host(),
+                  beta1,
+                  beta2,
+                  eps,
+                  weight_decay.on_gpu() ? 0 : weight_decay.on_host(),
                   maximize},
           lr(&lr),
           weight_decay(&weight_decay),
@@ -86,8 +90,8 @@ class AdamPlan {
                   Absent absent);
   // Calls add(operands, index, step) for every parameter that has a gradient and states, absent(state, index) for those
   // that have states alone; without a key for a counter there is no step. Returns those that have a gradient but no
-  // state yet, or whose counter has to follow a found_inf on the GPU but is on the CPU; if there are any, the group must
-  // be added anew once they have.
+  // state yet, or whose counter has to follow a found_inf on the GPU but is on the CPU; if there are any, the group
+  // must be added anew once they have.
   template <typename Add, typename Absent>
   py::list walk_group(const ArgNames& names, const py::list& params, const py::dict& state,
                       const std::vector<StateKey>& keys, Add add, Absent absent);

@@ -19,7 +19,8 @@ class BlockwiseAdamPlan : public AdamPlan {
   explicit BlockwiseAdamPlan(py::object resolve)
       : AdamPlan(Role::kCount, kWrites, true), blocks_of_(std::move(resolve), blocks_of) {}
 
-  void begin(const py::object& grad_scale, const py::object& found_inf, const py::object& stream, bool movable) override {
+  void begin(const py::object& grad_scale, const py::object& found_inf, const py::object& stream,
+             bool movable) override {
     AdamPlan::begin(grad_scale, found_inf, stream, movable);
     blocks_of_.rewind();
     globals_.clear();
@@ -147,8 +148,7 @@ class BlockwiseAdamPlan : public AdamPlan {
     if (view.dtype != DType::kFloat32 || view.numel() != 1)
       throw py::value_error(describe(name, block_sq.object) + ": partition 'global' wants one float32");
     float* const value = static_cast<float*>(view.data);
-    if (globals_.empty() || globals_.back().list != lists_)
-      globals_.push_back({lists_, view.device, value, nullptr});
+    if (globals_.empty() || globals_.back().list != lists_) globals_.push_back({lists_, view.device, value, nullptr});
     Global& global = globals_.back();
     if (!(view.device == global.device))
       throw py::value_error(describe(name, block_sq.object) + ": is on " + device_string(view.device) +

@@ -91,7 +91,7 @@ class MuonPlan : public AdamPlan {
         names, lists, py::int_(0),
         [&](const Operand* operands, int64_t i, const Step&) {
           add(operands, &names, i, PyList_GET_ITEM(partitions.ptr(), i), lr[lr.size() > 1 ? i : 0],
-                  weight_decay[weight_decay.size() > 1 ? i : 0], rule);
+              weight_decay[weight_decay.size() > 1 ? i : 0], rule);
         },
         [](const Operand*, int64_t) {});
     ++lists_;
@@ -173,7 +173,7 @@ class MuonPlan : public AdamPlan {
   }
 
   void add(const Operand* operands, const ArgNames* names, int64_t index, PyObject* partition, double lr,
-               double weight_decay, const Rule& rule) {
+           double weight_decay, const Rule& rule) {
     check_row(operands, *names, index);
     const MuonOptions options = {lr,
                                  weight_decay,

@@ -139,9 +139,10 @@ void run_as(const Algorithm& algorithm, void* const* data, int64_t n) {
 template <typename S, typename F>
 bool with_row_codecs(const TensorRow& row, F f) {
   return with_codecs<LaneOrder::kLinear>(row.dtype[Role::kParam], row.dtype[Role::kGrad], row.dtype[Role::kExpAvg],
-                     [&](auto param, auto grad, auto exp_avg) {
-                       if constexpr (std::is_same_v<typename decltype(param)::Value, S>) f(param, grad, exp_avg);
-                     });
+                                         [&](auto param, auto grad, auto exp_avg) {
+                                           if constexpr (std::is_same_v<typename decltype(param)::Value, S>)
+                                             f(param, grad, exp_avg);
+                                         });
 }
 
 template <typename T>
@@ -387,8 +388,7 @@ class Region {
       if constexpr (sizeof(S) == sizeof(double)) return f(PackPlain<double>(), static_cast<const double*>(data), n, 0);
       switch (tensor_.row.dtype[Role::kGrad]) {
         case DType::kFloat32: return f(PackPlain<float>(), static_cast<const float*>(data), n, 0);
-        case DType::kBFloat16:
-          return f(PackBFloat16<LaneOrder::kLinear>(), static_cast<const uint16_t*>(data), n, 0);
+        case DType::kBFloat16: return f(PackBFloat16<LaneOrder::kLinear>(), static_cast<const uint16_t*>(data), n, 0);
         default: return f(PackFloat16(), static_cast<const uint16_t*>(data), n, 0);
       }
     }

@@ -46,8 +46,8 @@ inline void with_codec(DType dtype, F f) {
   }
 }
 
-// The mixes of dtypes that have kernels: calls f with the codecs of parameter, gradient and states; kOrder is the lanes'
-// where all are bf16. False: it is none of them.
+// The mixes of dtypes that have kernels: calls f with the codecs of parameter, gradient and states; kOrder is the
+// lanes' where all are bf16. False: it is none of them.
 template <LaneOrder kOrder, typename F>
 inline bool with_codecs(DType param, DType grad, DType state, F f) {
   using F32 = PackPlain<float>;
