@@ -21,10 +21,13 @@ from cuda_host import build as shim
 from cuda_host import fake_gpu
 
 ROOT = Path(__file__).resolve().parent.parent
-INTERPRETED = "tests/test_triton_adamw.py"
+INTERPRETED = ["tests/test_triton_adamw.py", "tests/test_triton_blockwise_adam.py"]
 PARALLEL = ["-n2", "--dist=worksteal"]
-SANITIZED = ["layouts", "adamw_on_gpus"]
-ON_A_GPU = ["adamw", "optim_adamw", "torch_optim_infos", "torch_state_exchange", *SANITIZED]
+SANITIZED = ["layouts", "adamw_on_gpus", "blockwise_adam_on_gpus"]
+ON_A_GPU = [
+    *("adamw", "optim_adamw", "torch_optim_infos", "torch_state_exchange"),
+    *("blockwise_adam", "optim_blockwise_adam", *SANITIZED),
+]
 
 
 def suites() -> list[tuple[str, list[str], dict[str, str]]]:
@@ -34,10 +37,10 @@ def suites() -> list[tuple[str, list[str], dict[str, str]]]:
     return [
         (
             "package, CPU kernels, compiled CUDA kernels",
-            ["tests", *PARALLEL, f"--ignore={INTERPRETED}"],
+            ["tests", *PARALLEL, *(f"--ignore={path}" for path in INTERPRETED)],
             {},
         ),
-        ("Triton's interpreter", [INTERPRETED, *PARALLEL], {"TRITON_INTERPRET": "1"}),
+        ("Triton's interpreter", [*INTERPRETED, *PARALLEL], {"TRITON_INTERPRET": "1"}),
         (
             "CUDA kernels on a fake GPU",
             [*files(ON_A_GPU), *PARALLEL],

@@ -14,7 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fusedopt.triton_kernels import _numbers, _table, adamw
+from fusedopt.triton_kernels import _adam, _numbers, _table, adamw, blockwise_adam
 from fusedopt.triton_kernels._storage import LAUNCH_OPTIONS
 
 BUDGET = Path(__file__).parent / "data" / "triton_budget.json"
@@ -34,6 +34,10 @@ FORMATS = {
 }
 ACCESSES = {"vector": _table.VECTOR, "single": _table.SINGLE, "strided": _table.STRIDED}
 TABLE = {"table": "*i64"}
+PLACES = TABLE | {
+    "all_scalars": "*fp64", "values": "*fp64", "block_at": "i32", "layouts_at": "i32",
+    "copies_at": "i32",
+}  # fmt: skip
 
 
 def adamw_kernels():
@@ -52,13 +56,62 @@ def adamw_kernels():
     return kernels
 
 
+# Formats of param, grad and exp_avg; spaces of blocks in one pass, and strips in two.
+BLOCK_FORMATS = {"fp32": (F32, F32, F32), "bf16": (BF16, BF16, BF16), "fp64": (F64, F64, F64)}
+BLOCKS = [
+    ("fp32", "vector", (1024, 8192), (0, 128)),
+    ("fp32", "single", (8,), ()),
+    ("fp32", "strided", (4096,), (128,)),
+    ("bf16", "vector", (1024,), (128,)),
+    ("fp64", "vector", (4096,), (0,)),
+]
+
+
+def block_kernels():
+    """The same of blockwise Adam's."""
+    stages = {
+        "one_pass": blockwise_adam.one_pass_kernel,
+        "squares": blockwise_adam.squares_kernel,
+        "update": blockwise_adam.update_kernel,
+        "coordinates": blockwise_adam.coordinates_kernel,
+        "sums": blockwise_adam.sums_kernel,
+        "rates": blockwise_adam.rates_kernel,
+    }
+    keys: list[tuple[str, str, tuple[int, ...]]] = [("sums", "sums", (1024,)), ("rates", "rates", (0,))]
+    for format_name, access_name, spaces, strips in BLOCKS:
+        dtypes, access = BLOCK_FORMATS[format_name], ACCESSES[access_name].value
+        kind = f"{format_name}, {access_name}"
+        keys += [(f"{kind}, {n} in one pass", "one_pass", (*dtypes, access, n)) for n in spaces]
+        for n in strips:
+            keys += [(f"{kind}, squares by {n}", "squares", (dtypes[1], access, n))]
+            keys += [(f"{kind}, update by {n}", "update", (*dtypes, access, n))]
+    strided = _table.STRIDED.value
+    keys += [("fp32, coordinates", "coordinates", (*BLOCK_FORMATS["fp32"], strided))]
+    kernels = {}
+    for name, stage, key in keys:
+        constants, threads = blockwise_adam.constants_of(stage, key)
+        arguments = stages[stage].arg_names
+        places = arguments[: len(arguments) - len(constants)]
+        kernels[f"blocks {name}"] = (
+            stages[stage], {place: PLACES[place] for place in places},
+            dict(zip(arguments[len(places) :], constants, strict=True)), threads // 32,
+        )  # fmt: skip
+    return kernels
+
+
 def small_kernels():
+    copied = {name: PLACES[name] for name in blockwise_adam.copy_kernel.arg_names}
     places = {"options_at": "i32", "loss_scale_at": "i32", "all_scalars": "*fp64"}
     counted = {"counters_at": "i32", "found_inf_at": "i32"}
     return {
-        "prepare": (adamw.prepare_kernel, TABLE | places, {}, 1),
+        "prepare": (_adam.prepare_kernel, TABLE | places, {}, 1),
+        "copy": (blockwise_adam.copy_kernel, copied, {}, 1),
         "increment": (_numbers.increment_kernel, TABLE | counted, {}, 1),
     }
+
+
+def all_kernels():
+    return adamw_kernels() | block_kernels() | small_kernels()
 
 
 def source(kernel, signature, constants):
@@ -108,7 +161,7 @@ def _cuobjdump(*arguments):
 def main():
     budget = {
         name: {f"sm_{arch}": resources(compile_for(arch, *parts)) for arch in ARCHS}
-        for name, parts in (adamw_kernels() | small_kernels()).items()
+        for name, parts in all_kernels().items()
     }
     BUDGET.parent.mkdir(exist_ok=True)
     BUDGET.write_text(

@@ -115,8 +115,11 @@ def pointer(address, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def load(first, i, mask, DTYPE: tl.constexpr, COMPUTE: tl.constexpr):
-    stored = tl.load(first + i, mask=mask, eviction_policy="evict_first")
+def load(
+    first, i, mask, DTYPE: tl.constexpr, COMPUTE: tl.constexpr,
+    POLICY: tl.constexpr = "evict_first",  # "" where it is soon read again
+):  # fmt: skip
+    stored = tl.load(first + i, mask=mask, eviction_policy=POLICY)
     if DTYPE == BFLOAT16:
         return bf16_to_float(stored).to(COMPUTE)
     else:

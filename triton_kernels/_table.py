@@ -75,17 +75,17 @@ def pack(
     rows: NDArray[np.int64], layouts: NDArray[np.int64], roles: int, more: Sequence[NDArray[Any]]
 ) -> Table:
     """Sort the rows into launches and lay everything out; ``more`` is sent along."""
-    dtypes = _dtype_codes(rows, roles)
+    dtypes = dtype_codes(rows, roles)
     head, access = _heads(rows, dtypes, roles)
     chunks = -(-(rows[:, NUMEL] - head) // CHUNK.value)
     columns = [rows[:, :roles], rows[:, [NUMEL]], head[:, None], rows[:, [SCALARS, LAYOUT]]]
     parts = [np.hstack(columns).ravel(), layouts, *(part.ravel().view(np.int64) for part in more)]
     at = np.cumsum([0, *(part.size for part in parts)]).tolist()
     launches, block_at = [], at[-1]
-    for kind, members in _group(dtypes, access):
-        parts.append(_blocks(members, chunks[members]))
-        launches.append(Launch(kind, parts[-1].size, block_at))
-        block_at += parts[-1].size
+    for key, blocks in grouped(np.column_stack([dtypes, access]), chunks):
+        parts.append(blocks)
+        launches.append(Launch(Kind(key[:-1], key[-1]), blocks.size, block_at))
+        block_at += blocks.size
     return Table(np.concatenate(parts), launches, at[1], at[2:-1])
 
 
@@ -96,7 +96,7 @@ def check_alignment(rows: NDArray[np.int64], names: Sequence[str]) -> None:
         ValueError: names the argument and the address.
     """
     sizes = np.where(
-        rows[:, : len(names)] == 0, 1, np.take(ITEMSIZE, _dtype_codes(rows, len(names)))
+        rows[:, : len(names)] == 0, 1, np.take(ITEMSIZE, dtype_codes(rows, len(names)))
     )
     bad = np.argwhere(rows[:, : len(names)] % sizes)
     if bad.size:
@@ -107,7 +107,7 @@ def check_alignment(rows: NDArray[np.int64], names: Sequence[str]) -> None:
         )
 
 
-def _dtype_codes(rows: NDArray[np.int64], roles: int) -> NDArray[np.int64]:
+def dtype_codes(rows: NDArray[np.int64], roles: int) -> NDArray[np.int64]:
     codes = rows[:, [DTYPES]] >> (8 * np.arange(roles)) & 0xFF
     return np.where(rows[:, :roles] == 0, -1, codes)
 
@@ -126,12 +126,19 @@ def _heads(
     return np.where(flat & vector, fits.argmax(axis=1), 0), access
 
 
-def _group(
-    dtypes: NDArray[np.int64], access: NDArray[np.int64]
-) -> Iterator[tuple[Kind, NDArray[np.int64]]]:
-    keys, member_of = np.unique(np.column_stack([dtypes, access]), axis=0, return_inverse=True)
+def grouped(
+    keys: NDArray[np.int64], chunks: NDArray[np.int64], rows: NDArray[np.int64] | None = None
+) -> Iterator[tuple[tuple[int, ...], NDArray[np.int64]]]:
+    """Each key and the words of its rows' thread blocks.
+
+    Args:
+        keys, chunks: of each row, a line and a number of thread blocks.
+        rows: the rows' places in the table, if these are not all of them.
+    """
+    keys, member_of = np.unique(keys, axis=0, return_inverse=True)
     for i, key in enumerate(keys.tolist()):
-        yield Kind(tuple(key[:-1]), key[-1]), np.flatnonzero(member_of.ravel() == i)
+        members = np.flatnonzero(member_of.ravel() == i)
+        yield tuple(key), _blocks(members if rows is None else rows[members], chunks[members])
 
 
 def _blocks(members: NDArray[np.int64], chunks: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -19,7 +19,13 @@ import triton.language as tl
 from numpy.typing import NDArray
 
 from fusedopt.triton_kernels import _table
-from fusedopt.triton_kernels._numbers import bias_correction, increment_kernel, is_set, read_number
+from fusedopt.triton_kernels._adam import (
+    FROM_GRAD,
+    SCALAR_WORDS,
+    SKIP,
+    first_moment,
+    scalars_of,
+)
 from fusedopt.triton_kernels._storage import (
     ABSENT,
     FLOAT64,
@@ -40,8 +46,6 @@ THREADS = 128
 
 # A row of the table: the roles' addresses, then these.
 NUMEL, HEAD, SCALARS, LAYOUT, ROW_WORDS = (tl.constexpr(ROLES + i) for i in range(5))
-# A row's scalars, float64: the first eight of C++'s AdamWScalars, then these.
-FROM_GRAD, SKIP, SCALAR_WORDS = (tl.constexpr(8 + i) for i in range(3))
 
 
 # ---- the step
@@ -63,8 +67,7 @@ def adamw_tile(
     m = load(exp_avg, at_exp_avg, mask, EXP_AVG, S)
     v = load(exp_avg_sq, at_exp_avg_sq, mask, EXP_AVG_SQ, S)
 
-    difference = tl.fma(grad_factor, g, -m)
-    m = tl.fma(lerp_weight, difference, tl.where(from_grad, grad_factor * g, m))
+    m = first_moment(g, m, lerp_weight, grad_factor, from_grad)
     v = tl.fma(beta2, v, (grad_weight * g) * g)  # in this order: g * g may overflow
     if MAX_EXP_AVG_SQ == ABSENT:
         u = v
@@ -178,50 +181,6 @@ def strided(layout, rest):
     return at_p, at_g, at_m, at_v, at_u
 
 
-# ---- numbers on the device
-
-# A record of options; doubles, then what replaces them where it lies on the device.
-LR, BETA1, BETA2, EPS, WEIGHT_DECAY, MAXIMIZE, HOST_STEP = (tl.constexpr(i) for i in range(7))
-LR_NUMBER, DECAY_NUMBER, STEP_NUMBER, OPTION_WORDS = (tl.constexpr(7 + 2 * i) for i in range(4))
-# What all rows share: 1 / grad_scale as a double, then what replaces it, then found_inf.
-GRAD_SCALE, FOUND_INF = (tl.constexpr(1 + 2 * i) for i in range(2))
-
-
-@triton.jit
-def double(word):
-    return tl.load(word).to(tl.float64, bitcast=True)
-
-
-@triton.jit(do_not_specialize=["options_at", "loss_scale_at"])
-def prepare_kernel(table, options_at, loss_scale_at, all_scalars):
-    """`adamw_scalars` of C++ for one record of options; one thread block a record."""
-    i = tl.program_id(0).to(tl.int64)
-    options = table + options_at + i * OPTION_WORDS
-    loss_scale = table + loss_scale_at
-    lr = read_number(options + LR_NUMBER, double(options + LR))
-    weight_decay = read_number(options + DECAY_NUMBER, double(options + WEIGHT_DECAY))
-    counted = read_number(options + STEP_NUMBER, tl.load(options + HOST_STEP).to(tl.float64))
-    inv_grad_scale = double(loss_scale)
-    if tl.load(loss_scale + GRAD_SCALE) != 0:
-        inv_grad_scale = 1 / read_number(loss_scale + GRAD_SCALE, inv_grad_scale)
-    beta1 = double(options + BETA1)
-    beta2 = double(options + BETA2)
-    step = counted.to(tl.int64)
-    from_grad = beta1 < 0.5
-    scalars = all_scalars + i * SCALAR_WORDS
-    tl.store(scalars + 0, tl.where(from_grad, -beta1, 1 - beta1))
-    tl.store(scalars + 1, beta2)
-    tl.store(scalars + 2, double(options + EPS))
-    tl.store(scalars + 3, (1 - beta2) * inv_grad_scale * inv_grad_scale)
-    tl.store(scalars + 4, 1 - lr * weight_decay)
-    tl.store(scalars + 5, -lr / bias_correction(beta1, step))
-    tl.store(scalars + 6, 1 / tl.sqrt(bias_correction(beta2, step)))
-    maximize = tl.load(options + MAXIMIZE) != 0
-    tl.store(scalars + 7, tl.where(maximize, -inv_grad_scale, inv_grad_scale))
-    tl.store(scalars + FROM_GRAD, from_grad.to(tl.float64))
-    tl.store(scalars + SKIP, is_set(loss_scale + FOUND_INF).to(tl.float64))
-
-
 # ---- launching
 
 
@@ -248,34 +207,11 @@ def launch(
     table = _table.pack(rows, layouts, ROLES, numbers)
     with _table.working_on(gpu, stream) as device:
         words = _table.send(table.words, device)
-        if len(numbers) == 1:
-            scalars = words[table.more_at[0] :].view(torch.float64)
-        else:
-            sizes = [part.size for part in numbers]
-            scalars = _prepare(words, table.more_at, sizes, device)
-        _launch_rows(table, words, scalars)
+        scalars = scalars_of(words, table.more_at, [part.size for part in numbers], device)
+        launch_rows(table, words, scalars)
 
 
-def _prepare(
-    words: torch.Tensor, at: list[int], sizes: list[int], device: torch.device
-) -> torch.Tensor:
-    """Count the step, and compute the rows' scalars on the device."""
-    options_at, counters_at, loss_scale_at = at
-    if counters := sizes[1] // 2:
-        found_inf_at = loss_scale_at + FOUND_INF.value
-        increment_kernel[(counters,)](
-            words, counters_at, found_inf_at, num_warps=1, **LAUNCH_OPTIONS
-        )
-    options = sizes[0] // OPTION_WORDS.value
-    scalars = torch.empty(options * SCALAR_WORDS.value, dtype=torch.float64, device=device)
-    if options:
-        prepare_kernel[(options,)](
-            words, options_at, loss_scale_at, scalars, num_warps=1, **LAUNCH_OPTIONS
-        )
-    return scalars
-
-
-def _launch_rows(table: _table.Table, words: torch.Tensor, scalars: torch.Tensor) -> None:
+def launch_rows(table: _table.Table, words: torch.Tensor, scalars: torch.Tensor) -> None:
     for one in table.launches:
         adamw_kernel[(one.thread_blocks,)](
             words, scalars, one.block_at, table.layouts_at, *one.kind.dtypes, one.kind.access,

@@ -24,7 +24,7 @@ class AdamGpuRows {
   // Throws if a launch that needs memory beside its arrays got none.
   void check_workspace(const void* workspace) const;
   // For a launch from Python: (rows, layouts, scalars) where all numbers come from the host, else (rows, layouts,
-  // options, counters, loss scale) in the words of triton_kernels/adamw.py.
+  // options, counters, loss scale) in the words of triton_kernels/_adam.py.
   py::tuple packed(const cuda::AdamWLossScale& loss_scale) const;
 
   const dlpack::Device device;

@@ -3,6 +3,7 @@
 
 #include "binding/adam_plan.h"
 #include "binding/gpu.h"
+#include "binding/packed.h"
 #include "binding/resolver.h"
 #include "cpu/launch.h"
 #include "cuda/blockwise_adam.h"
@@ -93,7 +94,7 @@ class BlockwiseAdamPlan : public AdamPlan {
     const cuda::AdamWLossScale loss_scale = loss_scale_on(rows.device);
     const auto stream = reinterpret_cast<cudaStream_t>(stream_address);
     const auto workspace = reinterpret_cast<void*>(workspace_address);
-    const std::vector<cuda::BlockCopy> copies = copies_on(rows.device);
+    const std::vector<cuda::BlockCopy> copies = copies_on([&](dlpack::Device device) { return device == rows.device; });
     const cuda::BlockCopies values = {copies.data(), int64_t(copies.size())};
     if (workspace_bytes(gpu) > 0) rows.check_workspace(workspace);
     if (!rows.reads_device(loss_scale)) {
@@ -119,6 +120,19 @@ class BlockwiseAdamPlan : public AdamPlan {
     }
   }
 
+  // For launches from Python: regions and copies, then what AdamW's plan gives. On the CPU it counts the step.
+  py::tuple packed(int32_t gpu) {
+    const AdamGpuRows& rows = gpu_rows(gpu);
+    return packed_blocks(rows.table.table(), [&](dlpack::Device device) { return device == rows.device; }) +
+           rows.packed(loss_scale_on(rows.device));
+  }
+  py::tuple packed_on_cpu() {
+    counters_.commit();
+    const TensorTable table = builder_.table();
+    return packed_blocks(table, [](dlpack::Device device) { return !on_gpu(device); }) +
+           py::make_tuple(packed_rows(table), packed_layouts(table), packed_scalars(scalars_));
+  }
+
  private:
   struct Global {  // a block over all tensors of one list or group; each of them holds its value
     int64_t list;
@@ -132,13 +146,24 @@ class BlockwiseAdamPlan : public AdamPlan {
 
   static bool on_gpu(dlpack::Device device) { return device.type == dlpack::kCuda; }
 
-  std::vector<cuda::BlockCopy> copies_on(dlpack::Device device) const {
+  template <typename Here>
+  std::vector<cuda::BlockCopy> copies_on(Here here) const {
     std::vector<cuda::BlockCopy> copies;
     for (const Copy& copy : copies_) {
       const Global& global = globals_[copy.global];
-      if (global.device == device && global.updated) copies.push_back({copy.value, global.list});
+      if (here(global.device) && global.updated) copies.push_back({copy.value, global.list});
     }
     return copies;
+  }
+
+  template <typename Here>
+  py::tuple packed_blocks(const TensorTable& table, Here here) const {
+    PackedWords copies;
+    for (const cuda::BlockCopy& copy : copies_on(here)) {
+      copies.add(int64_t(reinterpret_cast<uintptr_t>(copy.value)));
+      copies.add(copy.shared);
+    }
+    return py::make_tuple(packed_regions(table), copies.array());
   }
 
   // On the CPU the copies must be equal before the step; after it they are again, gradient or not.
@@ -203,7 +228,9 @@ void bind_blockwise_adam(py::module_& module) {
       .def("add_lists", &BlockwiseAdamPlan::add_lists, "params"_a, "grads"_a, "exp_avgs"_a, "block_sqs"_a,
            "partitions"_a, "step"_a, "lr"_a, "weight_decay"_a, "beta1"_a, "beta2"_a, "eps"_a, "maximize"_a)
       .def("add_group", &BlockwiseAdamPlan::add_group, "group"_a, "params"_a, "state"_a, "partitions"_a, "lr"_a,
-           "weight_decay"_a, "beta1"_a, "beta2"_a, "eps"_a, "maximize"_a);
+           "weight_decay"_a, "beta1"_a, "beta2"_a, "eps"_a, "maximize"_a)
+      .def("packed", &BlockwiseAdamPlan::packed, "gpu"_a)
+      .def("packed_on_cpu", &BlockwiseAdamPlan::packed_on_cpu);
 }
 
 }  // namespace fusedopt

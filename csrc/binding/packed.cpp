@@ -20,6 +20,18 @@ py::array_t<int64_t> packed_layouts(const TensorTable& table) {
   return py::array_t<int64_t>(table.layouts_size, table.layouts);
 }
 
+py::array_t<int64_t> packed_regions(const TensorTable& table) {
+  py::array_t<int64_t> packed({table.size ? table.blocks[table.size - 1].end : 0, int64_t(8)});
+  int64_t* to = packed.mutable_data();
+  for (int64_t row = 0; row < table.size; ++row)
+    for (int64_t i = table.blocks[row].begin; i < table.blocks[row].end; ++i) {
+      const BlockRegion& r = table.regions[i];
+      for (const int64_t word : {row, r.offset, r.rows, r.columns, r.stride, r.group, r.first_block, r.shared})
+        *to++ = word;
+    }
+  return packed;
+}
+
 py::array_t<double> packed_scalars(const std::vector<AdamWScalars<double>>& scalars) {
   py::array_t<double> packed({int64_t(scalars.size()), int64_t(10)});
   double* to = packed.mutable_data();

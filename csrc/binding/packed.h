@@ -15,6 +15,8 @@ namespace py = pybind11;
 // One line a row: an address for each of kMaxRoles, numel, layout, scalars, a byte for each role's dtype.
 py::array_t<int64_t> packed_rows(const TensorTable& table);
 py::array_t<int64_t> packed_layouts(const TensorTable& table);
+// One line a region: its row, then BlockRegion in order.
+py::array_t<int64_t> packed_regions(const TensorTable& table);
 // One line each: AdamWScalars in order, then a zero (nothing is to be skipped).
 py::array_t<double> packed_scalars(const std::vector<AdamWScalars<double>>& scalars);
 

@@ -109,9 +109,6 @@ def param_groups_step(
     """
     scale, found_inf, skip = _adam.loss_scale(grad_scale, found_inf, on_device=True)
 
-    def launch() -> None:
-        _adam.launch(plan, "blockwise_adam_step", found_inf=found_inf)
-
     def add_group(index: int, group: dict[str, Any]) -> list[Any]:
         beta1, beta2 = group["betas"]
         return plan.add_group(
@@ -133,8 +130,18 @@ def param_groups_step(
         begin=lambda: plan.begin(scale, found_inf, None, True),
         add_group=add_group,
         init_state=init_state,
-        launch=None if skip else launch,
+        launch=None if skip else lambda: _launch(plan, found_inf=found_inf),
     )
+
+
+def _launch(plan: _C.BlockwiseAdamPlan, **how: Any) -> None:
+    _adam.launch(plan, "blockwise_adam_step", triton=_launch_triton_on, **how)
+
+
+def _launch_triton_on(plan: _C.BlockwiseAdamPlan, gpu: int, stream: int) -> None:
+    from fusedopt.triton_kernels import blockwise_adam as kernels
+
+    kernels.launch(*plan.packed(gpu), gpu=gpu, stream=stream)
 
 
 def _launch_kernels(
@@ -147,7 +154,25 @@ def _launch_kernels(
     stream: int | None,
 ) -> None:
     _adam.bump_written(lists)
-    _adam.launch(plan, "blockwise_adam_step", stream=stream, backend="cuda")
+    _launch(plan, stream=stream, backend="cuda")
+
+
+def _launch_triton(
+    plan: _C.BlockwiseAdamPlan,
+    lists: dict[str, Sequence[Any]],
+    kinds: list[Any],
+    step: Any,
+    scale: Any,
+    options: dict[str, Any],
+    stream: int | None,
+) -> None:
+    from fusedopt.triton_kernels import blockwise_adam as kernels
+
+    _adam.bump_written(lists)
+    for gpu in plan.gpus():
+        _launch_triton_on(plan, gpu, _adam.stream_on(gpu, plan, stream))
+    if not plan.gpus():  # in the interpreter
+        kernels.launch(*plan.packed_on_cpu())
 
 
 def _launch_reference(
@@ -167,7 +192,12 @@ def _launch_reference(
 OPERATION = backends.register(
     backends.Operation(
         "blockwise_adam_step",
-        {"cpu": _launch_kernels, "cuda": _launch_kernels, "reference": _launch_reference},
+        {
+            "cpu": _launch_kernels,
+            "cuda": _launch_kernels,
+            "triton": _launch_triton,
+            "reference": _launch_reference,
+        },
         DTYPES,
     )
 )
