@@ -77,7 +77,10 @@ def block_kernels():
         "sums": blockwise_adam.sums_kernel,
         "rates": blockwise_adam.rates_kernel,
     }
-    keys: list[tuple[str, str, tuple[int, ...]]] = [("sums", "sums", (1024,)), ("rates", "rates", (0,))]
+    keys: list[tuple[str, str, tuple[int, ...]]] = [
+        ("sums", "sums", (1024,)),
+        ("rates", "rates", (0,)),
+    ]
     for format_name, access_name, spaces, strips in BLOCKS:
         dtypes, access = BLOCK_FORMATS[format_name], ACCESSES[access_name].value
         kind = f"{format_name}, {access_name}"

@@ -1,11 +1,11 @@
 """Regions of blocks on their way to a Triton kernel: how each goes, cut into tiles, packed.
 
-A region (``csrc/common/tensor_table.h``) goes one of four ways. Each way has stages, each stage
-launches, and each launch takes the regions of one key, one thread block for a tile of any of them.
+A region (``csrc/common/tensor_table.h``) goes one of four ways. Each way has stages and each stage
+launches; a launch takes the regions of one key, with a thread block for each of their tiles.
 
-In two passes, a tile sums up to `PIECE` squares. In a region of one row it is a piece of a block and
-makes one part of its sum; in a region of more rows it is a strip of columns and makes a part for
-each. Parts lie as a matrix of ``layers`` by ``width``; a block's are ``part_group`` columns of it.
+In two passes, a tile has up to `PIECE` elements. In a region of one row it is a piece of a block
+and makes one part of its sum; in a region of more rows it is a strip of columns and makes a part
+for each. Parts are a matrix of ``layers`` by ``width``; a block's are ``part_group`` columns of it.
 """
 
 from collections.abc import Iterator

@@ -99,7 +99,7 @@ def find_places(table, layouts_at, row, at, ACCESS: tl.constexpr):
 
 @triton.jit
 def even(number, ACCESS: tl.constexpr):
-    """A number of elements that keeps alignment where the access is by vectors, and seen to do so."""
+    """A number of elements that, for accesses by vectors, the compiler sees to keep alignment."""
     if ACCESS == VECTOR:
         number = number // SPAN * SPAN
     return number
@@ -151,9 +151,10 @@ def coordinates_kernel(
     if tl.load(scalars + SKIP) == 0:
         S: tl.constexpr = tl.float64 if PARAM == FLOAT64 else tl.float32
         param = pointer(tl.load(row), PARAM, False)
-        end = tl.minimum(tl.load(row + COLUMNS), (chunk + 1) * CHUNK)
-        for i in range(0, CHUNK, COORDINATES):
-            at = chunk * CHUNK + i + tl.arange(0, COORDINATES)
+        begin = chunk * CHUNK
+        end = tl.minimum(tl.load(row + COLUMNS), begin + CHUNK)
+        for i in range(0, (end - begin).to(tl.int32), COORDINATES):
+            at = begin + i + tl.arange(0, COORDINATES)
             at_p, at_g, at_m = find_places(table, layouts_at, row, at, ACCESS)
             adamw.adamw_tile(
                 param, pointer(tl.load(row + 1), GRAD, False),
@@ -201,9 +202,7 @@ def one_pass_kernel(
         left = columns - block * group
         block_sq = tl.load(row + 3).to(tl.pointer_type(tl.float32))
         rate = block_rate(block_sq, block, left > 0, total, tl.minimum(left, group), scalars)
-        step_tile(
-            param, exp_avg, at_p, at_m, mask, p, g, m, rate.to(S), scalars, PARAM, EXP_AVG
-        )
+        step_tile(param, exp_avg, at_p, at_m, mask, p, g, m, rate.to(S), scalars, PARAM, EXP_AVG)
 
 
 # ---- two passes
@@ -267,12 +266,12 @@ def squares_kernel(
     if tl.load(scalars + SKIP) == 0:
         S: tl.constexpr = tl.float64 if GRAD == FLOAT64 else tl.float32
         grad = pointer(tl.load(row + 1), GRAD, ACCESS == VECTOR)
-        first, last, column, end, block = find_tile(row, chunk, ACCESS, STRIP)
+        first, last, column, end, _block = find_tile(row, chunk, ACCESS, STRIP)
         WIDE: tl.constexpr = SIZE if STRIP == 0 else STRIP
         total = tl.zeros([SIZE // WIDE, WIDE], tl.float64)
         for i in range(0, steps_of(first, last, column, end, STRIP, SIZE)):
             at, mask = elements_of_step(row, i, first, last, column, end, ACCESS, STRIP, SIZE)
-            at_p, at_g, at_m = find_places(table, layouts_at, row, at, ACCESS)
+            _at_p, at_g, _at_m = find_places(table, layouts_at, row, at, ACCESS)
             total += squares(load(grad, at_g, mask, GRAD, S, ""), mask)
         parts = values + tl.load(row + PARTS)
         if STRIP == 0:
@@ -419,9 +418,7 @@ def _launch_stages(
                 *tensors, *at, *constants, num_warps=threads // 32, **LAUNCH_OPTIONS
             )
     if table.copies:
-        copy_kernel[(table.copies,)](
-            words, scalars, table.copies_at, num_warps=1, **LAUNCH_OPTIONS
-        )
+        copy_kernel[(table.copies,)](words, scalars, table.copies_at, num_warps=1, **LAUNCH_OPTIONS)
 
 
 def constants_of(stage: str, key: tuple[int, ...]) -> tuple[tuple[int, ...], int]:

@@ -158,6 +158,7 @@ void AdamPlan::walk_lists(const ArgNames& names, const std::vector<py::sequence>
   if (numbered) common.number = step.cast<int64_t>();
   if (!numbered && !listed) common = read_step(step.ptr(), names, -1);
   dlpack::Device device = {};
+  int64_t first = -1;  // that has a gradient
   for (size_t i = 0; i < lists[0].size(); ++i) {
     Operand operands[kMaxRoles] = {};
     for (size_t role = 0; role < lists.size(); ++role) {
@@ -171,11 +172,11 @@ void AdamPlan::walk_lists(const ArgNames& names, const std::vector<py::sequence>
     const Step t = listed ? read_step(PyList_GET_ITEM(step.ptr(), i), names, int64_t(i)) : common;
     read(operands, names, int64_t(i), nullptr);
     add(operands, int64_t(i), t);
-    if (i == 0) device = operands[kParam].view.device;
+    if (first < 0) first = int64_t(i), device = operands[kParam].view.device;
     if (!(operands[kParam].view.device == device))
       throw py::value_error(describe(names.of(kParam, int64_t(i)), operands[kParam].object) + ": is on " +
-                            device_string(operands[kParam].view.device) + ", but params[0] is on " +
-                            device_string(device));
+                            device_string(operands[kParam].view.device) + ", but " + names.of(kParam, first).str() +
+                            " is on " + device_string(device));
   }
 }
 
