@@ -20,7 +20,7 @@ import triton
 import triton_cubins as cubins
 
 BUDGET = json.loads(cubins.BUDGET.read_text())
-KERNELS = cubins.adamw_kernels() | cubins.small_kernels()
+KERNELS = cubins.all_kernels()
 BYTES = (4, 8, 2, 2)
 SLACK = 12  # registers that another version of Triton may take beside those measured; one word too
 
@@ -59,6 +59,17 @@ def test_every_role_is_accessed_by_16_bytes(format_name):
         assert row["stores_128"] == sum(wide) - wide[1]  # not the gradient
 
 
+@pytest.mark.parametrize("name", [n for n in KERNELS if n.startswith("blocks") and "vector" in n])
+def test_blocks_are_accessed_by_16_bytes(name):
+    """Each role once; sums read gradients alone."""
+    format_name, each = name.split()[1].strip(","), 16 if "8192" in name else 8
+    size = BYTES[cubins.BLOCK_FORMATS[format_name][0]]
+    reads, writes = (1, 0) if "squares" in name else (3, 2)
+    for row in BUDGET["kernels"][name].values():
+        wide = size * each // 16
+        assert (row["loads_128"], row["stores_128"]) == (reads * wide, writes * wide)
+
+
 def instructions(compiled):
     operations = r"^\s*(?:@\S+\s+)?((?:fma|add|sub|mul|div|sqrt|rcp|rsqrt|cvt)\.\S*f(?:32|64)\S*)\s"
     return Counter(re.findall(operations, compiled.asm["ptx"], flags=re.MULTILINE))
@@ -83,6 +94,18 @@ def test_roundings(format_name):
     assert converted == [param, *states].count(cubins.BF16) * elements
 
 
+@pytest.mark.parametrize("name", ["1024 in one pass", "update by 128"])
+def test_roundings_of_blocks(name):
+    """An element has AdamW's fusions, but for the second moment, and no division."""
+    found = instructions(cubins.compile_for(90, *KERNELS[f"blocks fp32, vector, {name}"]))
+    assert not [op for op in found if re.search(r"\.(ftz|approx|full|rz|rm|rp|sat)\b", op)]
+    assert found["fma.rn.f32"] == 3 * 8  # difference, first moment, parameter
+    assert not [op for op in found if re.search(r"^(div|sqrt|rcp)\S*f32", op)]
+    one_pass = name.endswith("pass")
+    assert found["div.rn.f64"] == 2 * one_pass and found["sqrt.rn.f64"] == one_pass
+    assert found["fma.rn.f64"] == 2 * one_pass  # second moment, denominator
+
+
 def test_prepare_kernel_fuses_nothing():
     """Dekker's product would be another one with an fma in it."""
     found = instructions(cubins.compile_for(90, *KERNELS["prepare"]))
@@ -91,9 +114,7 @@ def test_prepare_kernel_fuses_nothing():
 
 def test_counts_do_not_specialise_kernels():
     """A size divisible by 16, or a lone block, must not compile another kernel."""
-    from fusedopt.triton_kernels import _numbers, adamw
-
-    for kernel in (adamw.adamw_kernel, adamw.prepare_kernel, _numbers.increment_kernel):
+    for kernel in {parts[0] for parts in KERNELS.values()}:
         for parameter in kernel.params:
             if parameter.name.endswith("_at"):
                 assert parameter.do_not_specialize, parameter.name

@@ -9,7 +9,7 @@ for each. Parts are a matrix of ``layers`` by ``width``; a block's are ``part_gr
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -54,7 +54,7 @@ class Launch:
     block_at: int
 
 
-@dataclass
+@dataclass(frozen=True)
 class Table:
     """All words and the launches of each stage."""
 
@@ -65,7 +65,7 @@ class Table:
     more_at: list[int]
     workspace: int  # doubles
     elements: Ints  # rows as `adamw` packs them
-    stages: dict[str, list[Launch]] = field(default_factory=dict)
+    stages: dict[str, list[Launch]]
 
 
 class Regions:
@@ -133,15 +133,15 @@ def pack(regions: Ints, copies: Ints, rows: Ints, layouts: Ints, more: tuple[Any
     sent = [part.ravel().view(np.int64) for part in more]
     parts = [words.ravel(), layouts, pairs.ravel(), *sent]
     at = np.cumsum([0, *(part.size for part in parts)]).tolist()
-    elements = _elements(r)
-    table = Table(words[0], at[1], at[2], len(pairs), at[3:-1], workspace, elements)
+    stages: dict[str, list[Launch]] = {}
     block_at = at[-1]
     for stage, key, blocks in _launches(r, words, joined):
-        table.stages.setdefault(stage, []).append(Launch(key, blocks.size, block_at))
+        stages.setdefault(stage, []).append(Launch(key, blocks.size, block_at))
         parts.append(blocks)
         block_at += blocks.size
-    table.words = np.concatenate(parts)
-    return table
+    return Table(
+        np.concatenate(parts), at[1], at[2], len(pairs), at[3:-1], workspace, _elements(r), stages
+    )
 
 
 def _region_words(r: Regions) -> tuple[Ints, int, Ints]:
