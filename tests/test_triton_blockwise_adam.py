@@ -4,6 +4,8 @@ With TRITON_INTERPRET=1 (a process of its own, see run.py) the kernels run in Tr
 on CPU tensors and on stand-ins for GPU tensors whose memory is the CPU's; without it, on a GPU.
 """
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -82,7 +84,8 @@ def assert_same_bits(got, want):
 def test_steps_against_float64(kind):
     """Every partition, gradients over 12 decades: the bound of every backend."""
     kind, shapes = cases(kind)
-    check_steps(kind, shapes, (torch.float32,) * 3, "triton", steps=2)
+    steps = 1 if sum(map(math.prod, shapes)) > 50_000 else 2
+    check_steps(kind, shapes, (torch.float32,) * 3, "triton", steps)
 
 
 @interpreted_only
@@ -97,13 +100,18 @@ def test_dtypes_against_float64(dtype, kind):
         )  # fmt: skip
 
 
+EVEN = [(40, 136), (9, 264)]
+
+
 @interpreted_only
-@pytest.mark.parametrize("shape", [(3, 8192), (2, 8200), (5, 4096), (40, 136), (9, 264)])
-@pytest.mark.parametrize("kind", ["row", "column", Transposed(Heads(n=8))], ids=repr)
-def test_vectors_and_the_longest_rows_of_one_pass(shape, kind):
+@pytest.mark.parametrize(
+    ("kind", "shape"),
+    [("row", s) for s in [(3, 8192), (2, 8200), (5, 4096), *EVEN]]
+    + [(kind, s) for kind in ("column", Transposed(Heads(n=8))) for s in EVEN],
+    ids=repr,
+)
+def test_vectors_and_the_longest_rows_of_one_pass(kind, shape):
     """Sizes of which 16-byte accesses are made, on both sides of the limit."""
-    if kind not in ("row", "column") and shape[1] == 8200:
-        shape = (2, 4104)
     for dtype in (torch.float32, torch.float64):
         check_steps(kind, [shape], (dtype,) * 3, "triton", steps=1)
 
@@ -232,6 +240,8 @@ def test_numbers_on_the_device(found_inf):
     grads[5] = None
     got = [[on_gpu(x) for x in role] for role in arrays]
     before = copies(arrays)
+    before[2][5] = torch.full((1,), 0.7)  # a GPU's copies of a value are not compared
+    got[2][5] = on_gpu(before[2][5])
     counts = [on_gpu(torch.tensor(10.0 * i)) for i in range(len(kinds))]
     numbers = {"lr": 0.02, "weight_decay": 0.1, "grad_scale": 1024.0}
     device = {name: on_gpu(torch.tensor(x, dtype=torch.float64)) for name, x in numbers.items()}
