@@ -92,8 +92,8 @@ def print_table(results: Sequence[Result], console: Console) -> None:
         speedups = result.speedups(results)
         table.add_row(
             result.label,
-            f"{result.final_validation_loss:.4f}",
-            f"{result.final_train_loss:.4f}",
+            f"{result.final_validation_loss:.3f}",
+            f"{result.final_train_loss:.3f}",
             str(result.steps_to(target) or "never"),
             f"{result.median_step:.2f}",
             *(f"{speedups[peer]:.2f}" for peer in peers),

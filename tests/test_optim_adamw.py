@@ -24,7 +24,7 @@ from torch._subclasses import FakeTensorMode
 
 import fusedopt
 from fusedopt.optim import AdamW
-from fusedopt.optim.adamw import _counters
+from fusedopt.optim.adamw import init_state
 from optim_helpers import (
     DTYPES,
     STATE_KEYS,
@@ -568,7 +568,10 @@ def test_grad_scale(dtype):
 def test_counters_are_made_where_torch_makes_them(flags):
     """On the CPU, or beside a parameter elsewhere (meta stands for a GPU), in one order with it."""
     params = [torch.nn.Parameter(torch.ones(3, device=d)) for d in ("cpu", "meta", "cpu", "meta")]
-    counters = _counters({"capturable": False, "fused": None, **flags}, params)
+    state = {p: {} for p in params}
+    options = {"amsgrad": False, "state_dtype": None, "capturable": False, "fused": None}
+    init_state(state, {**options, **flags}, params)
+    counters = [state[p]["step"] for p in params]
     wanted = [p.device.type if flags else "cpu" for p in params]
     assert [counter.device.type for counter in counters] == wanted
     assert {(counter.dtype, counter.shape) for counter in counters} == {(torch.float32, ())}

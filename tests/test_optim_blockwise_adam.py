@@ -13,6 +13,8 @@ from fusedopt.optim import AdamW, BlockwiseAdam
 from fusedopt.partitions import Contiguous, Heads
 from optim_helpers import bits, draw, parameters, params_of, run_alone, set_grads, snapshot
 
+# A 0-d parameter and its second moment, of one axis, lie together on every device but a fake one.
+pytestmark = pytest.mark.device_numbers
 OPTIONS = {"lr": 0.02, "betas": (0.8, 0.95), "eps": 1e-3, "weight_decay": 0.3}
 QKV = [(slice(0, 4), Heads(n=2)), (slice(4, 6), "row")]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
