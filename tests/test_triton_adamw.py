@@ -304,7 +304,7 @@ def test_last_block_of_a_huge_row(monkeypatch, layout):
     [every] = table.launches
     last = replace(every, thread_blocks=1, block_at=every.block_at + every.thread_blocks - 1)
     words = torch.from_numpy(table.words)
-    adamw._launch_rows(
+    adamw.launch_rows(
         replace(table, launches=[last]), words, words[table.more_at[0] :].view(torch.float64)
     )
     cpu_step(want, step=3)
