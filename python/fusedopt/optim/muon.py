@@ -269,7 +269,7 @@ class Plans:
 
     def launch(self) -> None:
         self.muon.launch(get_num_threads())  # first: it asks for memory before it writes
-        adamw_steps.launch(self.adamw)
+        _adam.launch(self.adamw, adamw_steps.OPERATION.name)
 
     def clear(self) -> None:
         self.muon.clear()

@@ -1,5 +1,6 @@
 """What the functional steps of Adam's family share: checks of options, and the walk over groups."""
 
+import importlib
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol, TypeVar
@@ -20,7 +21,7 @@ class Plan(Protocol):
     def clear(self) -> None: ...
 
 
-TritonLaunch = Callable[[Any, int, int], None]  # a plan, the GPU and its stream
+Launcher = Callable[..., None]
 
 
 def thread_plan(make: Callable[[], P]) -> P:
@@ -157,32 +158,58 @@ def check_device(plan: _C.AdamPlan, backend: str) -> None:
 
 
 def launch(
-    plan: _C.AdamPlan,
+    plan: Any,
     operation: str,
     *,
     stream: int | None = None,
     found_inf: Any = None,
     backend: str | None = None,
-    triton: TritonLaunch | None = None,
 ) -> None:
     """Everything that the plan holds: GPUs first, since a launch there may fail.
 
     Args:
         operation: its name in the table of defaults.
         backend: on GPUs; ``None`` asks that table.
-        triton: launches what lies on a GPU, where the operation has that backend.
     """
     for gpu in plan.gpus():
-        if (backend or backends.gpu_default(operation, gpu)) == "triton" and triton:
-            triton(plan, gpu, stream_on(gpu, plan, stream))
-            continue
         like = plan.first_on(gpu)
         chosen = stream_on(gpu, plan, stream)
+        if (backend or backends.gpu_default(operation, gpu)) == "triton":
+            triton_room(operation).launch(*plan.packed(gpu), gpu=gpu, stream=chosen)
+            continue
         size = plan.workspace_bytes(gpu)
         memory = _gpu.workspace(size, gpu, like, stream) if size else None
         plan.launch_gpu(gpu, chosen, 0 if memory is None else memory.data_ptr())
     if not (plan.rows_on_cpu() and is_set(found_inf)):
         plan.launch(get_num_threads())
+
+
+def triton_room(operation: str) -> Any:
+    """Where the operation's Triton kernels stand: under the algorithm's name."""
+    return importlib.import_module(f"fusedopt.triton_kernels.{operation.removesuffix('_step')}")
+
+
+def launchers(operation: str, reference: Callable[..., Any]) -> dict[str, Launcher]:
+    """How each backend takes a functional step: ``(plan, lists, stream, step, scale, options)``.
+
+    The last three, and whatever else is given by name, are for the reference; plans hold them.
+    """
+
+    def kernels(plan: Any, lists: Any, stream: int | None, *_: Any, **__: Any) -> None:
+        bump_written(lists)
+        launch(plan, operation, stream=stream, backend="cuda")
+
+    def triton(plan: Any, lists: Any, stream: int | None, *_: Any, **__: Any) -> None:
+        bump_written(lists)
+        if plan.gpus():
+            launch(plan, operation, stream=stream, backend="triton")
+        else:  # in the interpreter
+            triton_room(operation).launch(*plan.packed_on_cpu())
+
+    def float64(plan: Any, lists: Any, stream: int | None, *given: Any, **more: Any) -> None:
+        launch_reference(reference, lists, *given, **more)
+
+    return {"cpu": kernels, "cuda": kernels, "triton": triton, "reference": float64}
 
 
 def stream_on(gpu: int, plan: _C.AdamPlan, stream: int | None) -> int:

@@ -83,7 +83,7 @@ def adamw_step(
         plan.check()
         _adam.check_device(plan, name)
         if not skip:
-            OPERATION.launchers[name](plan, lists, step, scale, options, stream)
+            OPERATION.launchers[name](plan, lists, stream, step, scale, options)
     finally:
         plan.clear()
 
@@ -117,7 +117,9 @@ def param_groups_step(
         begin=lambda: plan.begin(scale, found_inf, None, True),
         add_group=functools.partial(add_group, plan, state),
         init_state=init_state,
-        launch=None if skip else lambda: launch(plan, found_inf=found_inf),
+        launch=None
+        if skip
+        else functools.partial(_adam.launch, plan, OPERATION.name, found_inf=found_inf),
     )
 
 
@@ -140,66 +142,6 @@ def add_group(
     )
 
 
-def launch(plan: _C.AdamWPlan, **how: Any) -> None:
-    """Everything that the plan holds; ``how`` as in ``_adam.launch``."""
-    _adam.launch(plan, "adamw_step", triton=_launch_triton_on, **how)
-
-
-def _launch_triton_on(plan: _C.AdamWPlan, gpu: int, stream: int) -> None:
-    from fusedopt.triton_kernels import adamw as kernels
-
-    kernels.launch(*plan.packed(gpu), gpu=gpu, stream=stream)
-
-
-def _launch_kernels(
-    plan: _C.AdamWPlan,
-    lists: dict[str, Sequence[Any]],
-    step: Any,
-    scale: Any,
-    options: dict[str, Any],
-    stream: int | None,
-) -> None:
-    _adam.bump_written(lists)
-    launch(plan, stream=stream, backend="cuda")
-
-
-def _launch_triton(
-    plan: _C.AdamWPlan,
-    lists: dict[str, Sequence[Any]],
-    step: Any,
-    scale: Any,
-    options: dict[str, Any],
-    stream: int | None,
-) -> None:
-    from fusedopt.triton_kernels import adamw as kernels
-
-    _adam.bump_written(lists)
-    for gpu in plan.gpus():
-        _launch_triton_on(plan, gpu, _adam.stream_on(gpu, plan, stream))
-    if not plan.gpus():  # in the interpreter
-        kernels.launch(*plan.packed_on_cpu())
-
-
-def _launch_reference(
-    plan: _C.AdamWPlan,
-    lists: dict[str, Sequence[Any]],
-    step: Any,
-    scale: float,
-    options: dict[str, Any],
-    stream: int | None,
-) -> None:
-    _adam.launch_reference(reference.adamw_step, lists, step, scale, options)
-
-
 OPERATION = backends.register(
-    backends.Operation(
-        "adamw_step",
-        {
-            "cpu": _launch_kernels,
-            "cuda": _launch_kernels,
-            "triton": _launch_triton,
-            "reference": _launch_reference,
-        },
-        DTYPES,
-    )
+    backends.Operation("adamw_step", _adam.launchers("adamw_step", reference.adamw_step), DTYPES)
 )

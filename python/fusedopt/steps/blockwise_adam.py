@@ -1,5 +1,6 @@
 """Blockwise Adam as a functional step, and over a torch optimizer's parameter groups."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -75,7 +76,7 @@ def blockwise_adam_step(
         plan.check()
         _adam.check_device(plan, name)
         if not skip:
-            OPERATION.launchers[name](plan, lists, kinds, step, scale, options, stream)
+            OPERATION.launchers[name](plan, lists, stream, step, scale, options, partitions=kinds)
     finally:
         plan.clear()
 
@@ -130,74 +131,16 @@ def param_groups_step(
         begin=lambda: plan.begin(scale, found_inf, None, True),
         add_group=add_group,
         init_state=init_state,
-        launch=None if skip else lambda: _launch(plan, found_inf=found_inf),
-    )
-
-
-def _launch(plan: _C.BlockwiseAdamPlan, **how: Any) -> None:
-    _adam.launch(plan, "blockwise_adam_step", triton=_launch_triton_on, **how)
-
-
-def _launch_triton_on(plan: _C.BlockwiseAdamPlan, gpu: int, stream: int) -> None:
-    from fusedopt.triton_kernels import blockwise_adam as kernels
-
-    kernels.launch(*plan.packed(gpu), gpu=gpu, stream=stream)
-
-
-def _launch_kernels(
-    plan: _C.BlockwiseAdamPlan,
-    lists: dict[str, Sequence[Any]],
-    kinds: list[Any],
-    step: Any,
-    scale: Any,
-    options: dict[str, Any],
-    stream: int | None,
-) -> None:
-    _adam.bump_written(lists)
-    _launch(plan, stream=stream, backend="cuda")
-
-
-def _launch_triton(
-    plan: _C.BlockwiseAdamPlan,
-    lists: dict[str, Sequence[Any]],
-    kinds: list[Any],
-    step: Any,
-    scale: Any,
-    options: dict[str, Any],
-    stream: int | None,
-) -> None:
-    from fusedopt.triton_kernels import blockwise_adam as kernels
-
-    _adam.bump_written(lists)
-    for gpu in plan.gpus():
-        _launch_triton_on(plan, gpu, _adam.stream_on(gpu, plan, stream))
-    if not plan.gpus():  # in the interpreter
-        kernels.launch(*plan.packed_on_cpu())
-
-
-def _launch_reference(
-    plan: _C.BlockwiseAdamPlan,
-    lists: dict[str, Sequence[Any]],
-    kinds: list[Any],
-    step: Any,
-    scale: float,
-    options: dict[str, Any],
-    stream: int | None,
-) -> None:
-    _adam.launch_reference(
-        reference.blockwise_adam_step, lists, step, scale, options, partitions=kinds
+        launch=None
+        if skip
+        else functools.partial(_adam.launch, plan, OPERATION.name, found_inf=found_inf),
     )
 
 
 OPERATION = backends.register(
     backends.Operation(
         "blockwise_adam_step",
-        {
-            "cpu": _launch_kernels,
-            "cuda": _launch_kernels,
-            "triton": _launch_triton,
-            "reference": _launch_reference,
-        },
+        _adam.launchers("blockwise_adam_step", reference.blockwise_adam_step),
         DTYPES,
     )
 )
