@@ -1,5 +1,6 @@
 """Every instruction set gives the same results; AVX-512's source runs here even without AVX-512."""
 
+import ctypes
 import os
 import platform
 import shutil
@@ -12,6 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FLAGS = ["-std=c++17", "-O1", "-ffp-contract=off", "-fno-math-errno", "-Wno-psabi", "-Icsrc"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+TWIN = ["-include", str(ROOT / "tests/isa/avx512_twin.h")]
 x86_only = pytest.mark.skipif(platform.machine() != "x86_64", reason="compares x86 paths")
 
 
@@ -19,6 +21,17 @@ def compile_object(source: str, out: Path, *flags: str) -> str:
     command = ["c++", *FLAGS, *flags, "-c", source, "-o", str(out)]
     subprocess.run(command, cwd=ROOT, check=True)
     return str(out)
+
+
+def build_library(sources: dict[str, list[str]], folder: Path) -> ctypes.CDLL:
+    """Sources, each with flags of its own, as a loaded library."""
+    objects = [
+        compile_object(name, folder / f"{Path(name).stem}.o", "-fPIC", *flags)
+        for name, flags in sources.items()
+    ]
+    library = str(folder / "library.so")
+    subprocess.run(["c++", "-shared", *objects, "-pthread", "-o", library], check=True)
+    return ctypes.CDLL(library)
 
 
 @x86_only
@@ -32,8 +45,7 @@ def test_avx512_source_gives_the_bits_of_avx2(tmp_path: Path) -> None:
         "newton_schulz",
         "sinkhorn_newton_sparse",
     ]
-    twin = str(ROOT / "tests/isa/avx512_twin.h")
-    wide = ["-include", twin, "-DFUSEDOPT_TARGET=avx512", "-DFUSEDOPT_PACK_BYTES=64"]
+    wide = [*TWIN, "-DFUSEDOPT_TARGET=avx512", "-DFUSEDOPT_PACK_BYTES=64"]
     narrow = ["-DFUSEDOPT_TARGET=avx2", "-DFUSEDOPT_PACK_BYTES=32"]
     objects = [
         compile_object(f"csrc/cpu/{name}.cpp", tmp_path / f"{name}-{isa}.o", *AVX2, *flags)
@@ -56,9 +68,10 @@ def test_avx512_source_gives_the_bits_of_avx2(tmp_path: Path) -> None:
     [
         ["-DFUSEDOPT_PACK_BYTES=16"],
         [*AVX2, "-DFUSEDOPT_PACK_BYTES=32"],
-        [*AVX2, "-include", str(ROOT / "tests/isa/avx512_twin.h"), "-DFUSEDOPT_PACK_BYTES=64"],
+        [*AVX2, *TWIN, "-DFUSEDOPT_PACK_BYTES=64"],
+        [*AVX2, *TWIN, "-DFUSEDOPT_PACK_BYTES=64", "-D__AVX512BF16__"],
     ],
-    ids=["portable", "avx2", "avx512"],
+    ids=["portable", "avx2", "avx512", "avx512_bf16"],
 )
 def test_products(flags: list[str], tmp_path: Path) -> None:
     """Matrix products against sums in double; symmetric ones have symmetric bits."""

@@ -24,7 +24,7 @@ void set_isa(const std::string& name) {
 
 py::list available_isas() {
   py::list names;
-  for (const char* name : {"avx512", "avx2", "portable"})
+  for (const char* name : {"avx512_bf16", "avx512", "avx2", "portable"})
     if (fusedopt::isa_available(name)) names.append(name);
   return names;
 }

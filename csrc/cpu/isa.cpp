@@ -13,10 +13,19 @@ struct Isa {
 };
 
 #if defined(__x86_64__)
+// All of AVX-512, but for the products of bfloat16.
+const CpuKernels kAvx512Bf16 = [] {
+  CpuKernels kernels = avx512::kernels;
+  kernels.newton_schulz = avx512_bf16::newton_schulz;
+  kernels.newton_schulz_bytes = avx512_bf16::newton_schulz_bytes;
+  return kernels;
+}();
+
 bool has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
+bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 bool has_avx2() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 }
@@ -25,6 +34,7 @@ bool has_avx2() {
 constexpr Isa kIsas[] = {
 // widest first
 #if defined(__x86_64__)
+    {"avx512_bf16", &kAvx512Bf16, has_avx512_bf16},
     {"avx512", &avx512::kernels, has_avx512},
     {"avx2", &avx2::kernels, has_avx2},
 #endif

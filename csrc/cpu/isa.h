@@ -4,7 +4,7 @@
 
 namespace fusedopt {
 
-const char* isa();                  // "avx512", "avx2" or "portable"
+const char* isa();                  // "avx512_bf16", "avx512", "avx2" or "portable"
 bool select_isa(const char* name);  // false: unknown, not built for this architecture, or this CPU lacks it
 bool isa_available(const char* name);
 const CpuKernels& cpu_kernels();

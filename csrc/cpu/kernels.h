@@ -37,6 +37,10 @@ struct CpuKernels {
   void (*transport_solve)(const TransportProblem& problem, TransportResult* result, void* workspace);
 };
 
+namespace avx512_bf16 {  // beside avx512's
+void newton_schulz(const NewtonSchulzTask& task, void* workspace, int threads);
+int64_t newton_schulz_bytes(int64_t rows, int64_t columns, DType dtype, bool gram);
+}  // namespace avx512_bf16
 namespace avx512 {
 extern const CpuKernels kernels;
 }

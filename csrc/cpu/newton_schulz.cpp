@@ -5,6 +5,10 @@
 //
 // Symmetric products cost half: T steps are T (3 m n^2 + n^3) flops, in the Gram form 3 m n^2 + (4 T - 3) n^3; without
 // symmetry it would be T (4 m n^2 + 2 n^3). Compiled once per instruction set.
+//
+// In bfloat16 (where products of it are an instruction, and the matrix is rounded to it anyway) X, A, B, R, Q and Z are
+// rounded as they are stored, at twice float's rate; squares keep their diagonals in float, and X its exact bits: it is
+// scaled by a power of two, and the rest of 1 / ||G|| goes into the first step's coefficients.
 #include "cpu/newton_schulz.h"
 
 #include "cpu/entries.h"
@@ -17,35 +21,46 @@ namespace {
 
 constexpr int64_t kRowsPerChunk = 32;
 
-template <typename S>
+template <typename T>
+struct Square {  // n x n, symmetric
+  T* at;
+  Sum<T>* diagonal;  // where kDiagonalApart
+};
+
+template <typename T>
 struct Buffers {                  // within the workspace
   int64_t stride, square_stride;  // of X, of the n x n matrices
-  S *x, *panels, *squares[5];
+  T *x, *panels;
+  Square<T> squares[5];
   double* sums;  // one for each row
   int64_t bytes = 0;
 
   Buffers(int64_t rows, int64_t columns, bool gram, char* workspace) {
-    constexpr int64_t kLine = 64 / sizeof(S);
+    constexpr int64_t kLine = 64 / sizeof(T);
     // An odd number of cache lines, since rows apart by a power of two would share cache sets.
     const auto padded = [](int64_t n) { return (round_up(n, kLine) / kLine | 1) * kLine; };
-    const auto take = [&](int64_t count) {
+    const auto take = [&](int64_t count, auto element) {
       char* const at = workspace + bytes;
-      bytes += round_up(count * int64_t(sizeof(S)), 64);
-      return reinterpret_cast<S*>(at);
+      bytes += round_up(count * int64_t(sizeof element), 64);
+      return reinterpret_cast<decltype(element)*>(at);
     };
-    const int64_t readable = round_up(rows, kTileRows), width = kTileColumns<S>;
-    const int64_t row_panels = round_up(rows, width) * columns, column_panels = round_up(columns, width) * rows;
+    const int64_t readable = round_up(rows, kTileRows), width = kTileColumns<T>;
+    const int64_t row_panels = round_up(rows, width) * round_up(columns, kPair<T>),
+                  column_panels = round_up(columns, width) * round_up(rows, kPair<T>);
     stride = padded(columns);
     square_stride = padded(rows);
-    x = take(readable * stride);
-    panels = take(row_panels > column_panels ? row_panels : column_panels);
-    for (int i = 0; i < (gram ? 5 : 2); ++i) squares[i] = take(readable * square_stride);
-    sums = reinterpret_cast<double*>(take(rows * int64_t(sizeof(double) / sizeof(S))));
+    x = take(readable * stride, T());
+    panels = take(row_panels > column_panels ? row_panels : column_panels, T());
+    for (int i = 0; i < (gram ? 5 : 2); ++i)
+      squares[i] = {take(readable * square_stride, T()), kDiagonalApart<T> ? take(rows, Sum<T>()) : nullptr};
+    sums = take(rows, double());
   }
 };
 
-template <typename S>
+template <typename T>
 class Iteration {
+  using S = Sum<T>;
+
  public:
   Iteration(const NewtonSchulzTask& task, char* workspace, int threads)
       : task_(task),
@@ -102,53 +117,113 @@ class Iteration {
     });
     double total = 0;
     for (int64_t i = 0; i < n_; ++i) total += b_.sums[i];
-    const double scale = 1 / __builtin_sqrt(total);
-    for_rows([&](int64_t first, int64_t last) {
-      for (int64_t i = first; i < last; ++i)
-        for (int64_t j = 0; j < m_; ++j) b_.x[i * b_.stride + j] = S(double(b_.x[i * b_.stride + j]) * scale);
-    });
-    clear_rows_below(b_.x, b_.stride);
-    for (int i = 0; i < (task_.gram ? 5 : 2); ++i) clear_rows_below(b_.squares[i], b_.square_stride);
+    scale_x(__builtin_sqrt(total));
+    clear_padding(b_.x, b_.stride, m_);
+    for (int i = 0; i < (task_.gram ? 5 : 2); ++i) clear_padding(b_.squares[i].at, b_.square_stride, n_);
     return true;
   }
 
-  // Tiles read rows that are not there.
-  void clear_rows_below(S* x, int64_t stride) {
-    for (int64_t i = n_ * stride; i < round_up(n_, kTileRows) * stride; ++i) x[i] = 0;
+  // X <- X / norm; what would round bfloat16 is left to step_at.
+  void scale_x(double norm) {
+    double scale = 1 / norm;
+    if constexpr (kDiagonalApart<T>) {
+      scale = power_of_two<double>(-1 - exponent_of(norm));
+      unscaled_ = 1 / (norm * scale);
+    }
+    for_rows([&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i)
+        for (int64_t j = 0; j < m_; ++j) {
+          T* const x = b_.x + i * b_.stride + j;
+          write(x, S(double(read<S>(x)) * scale));
+        }
+    });
   }
 
-  void multiply(const Product<S>& product) {
+  // Tiles read rows and, in pairs, a column that are not there.
+  void clear_padding(T* x, int64_t stride, int64_t columns) {
+    for (int64_t i = n_ * stride; i < round_up(n_, kTileRows) * stride; ++i) x[i] = T();
+    for (int64_t i = 0; i < n_; ++i)
+      for (int64_t j = columns; j < round_up(columns, kPair<T>); ++j) x[i * stride + j] = T();
+  }
+
+  void multiply(const Product<T>& product) {
     parallel_for(product.blocks(), threads_, [&](int64_t block) { multiply_block(product, block); });
   }
 
   // out <- alpha L R + beta add, all n x n and symmetric; R is what was packed.
-  void multiply_squares(const S* left, S alpha, const S* add, S beta, S* out) {
-    multiply({left, b_.panels, add, out, n_, n_, n_, b_.square_stride, b_.square_stride, alpha, beta, true});
+  void multiply_squares(const Square<T>& left, S alpha, const Square<T>& add, S beta, const Square<T>& out) {
+    multiply({left.at,
+              b_.panels,
+              add.at,
+              out.at,
+              n_,
+              n_,
+              n_,
+              b_.square_stride,
+              b_.square_stride,
+              alpha,
+              beta,
+              true,
+              {packed_.at, left.diagonal, packed_.diagonal, add.diagonal, out.diagonal}});
   }
-  void pack_square(const S* from) {
-    parallel_for((n_ + kTileColumns<S> - 1) / kTileColumns<S>, threads_,
-                 [&](int64_t panel) { pack_columns(from, b_.square_stride, n_, n_, panel, b_.panels); });
+  void pack_square(const Square<T>& from) {
+    packed_ = from;
+    parallel_for((n_ + kTileColumns<T> - 1) / kTileColumns<T>, threads_,
+                 [&](int64_t panel) { pack_columns(from.at, b_.square_stride, n_, n_, panel, b_.panels); });
   }
 
   // out <- XX'
-  void multiply_gram(S* out) {
-    parallel_for((n_ + kTileColumns<S> - 1) / kTileColumns<S>, threads_,
+  void multiply_gram(const Square<T>& out) {
+    parallel_for((n_ + kTileColumns<T> - 1) / kTileColumns<T>, threads_,
                  [&](int64_t panel) { pack_rows(b_.x, b_.stride, m_, n_, panel, b_.panels); });
-    multiply({b_.x, b_.panels, nullptr, out, n_, n_, m_, b_.stride, b_.square_stride, S(1), S(0), true});
+    multiply({b_.x,
+              b_.panels,
+              nullptr,
+              out.at,
+              n_,
+              n_,
+              m_,
+              b_.stride,
+              b_.square_stride,
+              S(1),
+              S(0),
+              true,
+              {nullptr, nullptr, nullptr, nullptr, out.diagonal}});
   }
 
   // X <- alpha L X + beta X
-  void multiply_x(const S* left, S alpha, S beta) {
-    parallel_for((m_ + kTileColumns<S> - 1) / kTileColumns<S>, threads_,
+  void multiply_x(const Square<T>& left, S alpha, S beta) {
+    parallel_for((m_ + kTileColumns<T> - 1) / kTileColumns<T>, threads_,
                  [&](int64_t panel) { pack_columns(b_.x, b_.stride, n_, m_, panel, b_.panels); });
-    multiply({left, b_.panels, beta == S(0) ? nullptr : b_.x, b_.x, n_, m_, n_, b_.square_stride, b_.stride, alpha,
-              beta, false});
+    multiply({left.at,
+              b_.panels,
+              beta == S(0) ? nullptr : b_.x,
+              b_.x,
+              n_,
+              m_,
+              n_,
+              b_.square_stride,
+              b_.stride,
+              alpha,
+              beta,
+              false,
+              {b_.x, left.diagonal, nullptr, nullptr, nullptr}});
+  }
+
+  NewtonSchulzStep step_at(int64_t t) const {
+    NewtonSchulzStep step = task_.steps[t];
+    if (t > 0) return step;
+    const double square = unscaled_ * unscaled_;
+    step.a *= unscaled_;
+    step.b *= unscaled_ * square;
+    step.c *= unscaled_ * square * square;
+    return step;
   }
 
   void iterate() {
-    S *const gram = b_.squares[0], *const polynomial = b_.squares[1];
+    const Square<T>&gram = b_.squares[0], &polynomial = b_.squares[1];
     for (int64_t t = 0; t < task_.count; ++t) {
-      const NewtonSchulzStep& step = task_.steps[t];
+      const NewtonSchulzStep step = step_at(t);
       multiply_gram(gram);
       if (step.c == 0) {
         multiply_x(gram, S(step.b), S(step.a));
@@ -161,11 +236,12 @@ class Iteration {
   }
 
   void iterate_gram() {
-    S *r = b_.squares[0], *z = b_.squares[1], *q = b_.squares[2], *next = b_.squares[3], *const rz = b_.squares[4];
+    const Square<T>&r = b_.squares[0], &z = b_.squares[1], &rz = b_.squares[4];
+    Square<T> q = b_.squares[2], next = b_.squares[3];
     bool identity = true;  // Q is I, and not written
     multiply_gram(r);
     for (int64_t t = 0; t < task_.count; ++t) {
-      const NewtonSchulzStep& step = task_.steps[t];
+      const NewtonSchulzStep step = step_at(t);
       if (step.restart_before && !identity) {
         multiply_x(q, S(1), S(0));
         multiply_gram(r);
@@ -182,7 +258,7 @@ class Iteration {
         scale_square(z, S(1), S(step.a), q);
       } else {
         multiply_squares(q, S(1), q, S(step.a), next);
-        S* const last = q;
+        const Square<T> last = q;
         q = next, next = last;
       }
       identity = false;
@@ -195,11 +271,15 @@ class Iteration {
   }
 
   // out <- factor * from + diagonal * I
-  void scale_square(const S* from, S factor, S diagonal, S* out) {
+  void scale_square(const Square<T>& from, S factor, S diagonal, const Square<T>& out) {
     for_rows([&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) {
-        for (int64_t j = 0; j < n_; ++j) out[i * b_.square_stride + j] = factor * from[i * b_.square_stride + j];
-        out[i * b_.square_stride + i] += diagonal;
+        const int64_t row = i * b_.square_stride;
+        for (int64_t j = 0; j < n_; ++j) write(out.at + row + j, factor * read<S>(from.at + row + j));
+        if constexpr (kDiagonalApart<T>)
+          out.diagonal[i] = factor * from.diagonal[i] + diagonal;
+        else
+          out.at[row + i] += diagonal;
       }
     });
   }
@@ -209,27 +289,34 @@ class Iteration {
   const Turn turn_;
   const Sides sides_;
   const int64_t n_, m_;
-  const Buffers<S> b_;
+  const Buffers<T> b_;
   const int threads_;
+  Square<T> packed_ = {};
+  double unscaled_ = 1;  // X / ||X|| is X times this
 };
 
-// With a few rows one singular value may be all there is, and rounding is not averaged: double costs nothing there.
-bool is_double(int64_t shorter, DType dtype) { return dtype == DType::kFloat64 || shorter <= 8; }
+// Calls f(a number of the type that a matrix is computed in).
+template <typename F>
+auto with_operand(int64_t shorter, DType dtype, const F& f) {
+  // With a few rows one singular value may be all there is, and rounding is not averaged: double costs nothing there.
+  if (dtype == DType::kFloat64 || shorter <= 8) return f(double());
+#if defined(__AVX512BF16__)
+  if (dtype == DType::kBFloat16) return f(Brain());
+#endif
+  return f(float());
+}
 
 }  // namespace
 
 int64_t newton_schulz_bytes(int64_t rows, int64_t columns, DType dtype, bool gram) {
   const int64_t n = rows < columns ? rows : columns, m = rows < columns ? columns : rows;
-  return is_double(n, dtype) ? Buffers<double>(n, m, gram, nullptr).bytes : Buffers<float>(n, m, gram, nullptr).bytes;
+  return with_operand(n, dtype, [&](auto x) { return Buffers<decltype(x)>(n, m, gram, nullptr).bytes; });
 }
 
 void newton_schulz(const NewtonSchulzTask& task, void* workspace, int threads) {
-  char* const bytes = static_cast<char*>(workspace);
   const NewtonSchulzMatrix& g = *task.matrix;
-  if (is_double(g.rows < g.columns ? g.rows : g.columns, task.dtype))
-    Iteration<double>(task, bytes, threads).run();
-  else
-    Iteration<float>(task, bytes, threads).run();
+  with_operand(g.rows < g.columns ? g.rows : g.columns, task.dtype,
+               [&](auto x) { Iteration<decltype(x)>(task, static_cast<char*>(workspace), threads).run(); });
 }
 
 }  // namespace fusedopt::FUSEDOPT_TARGET

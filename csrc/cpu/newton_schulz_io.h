@@ -4,6 +4,7 @@
 #include <type_traits>
 
 #include "cpu/newton_schulz.h"
+#include "cpu/operand.h"
 #include "math/storage.h"
 #include "math/value.h"
 
@@ -121,9 +122,9 @@ inline double largest_magnitude(const NewtonSchulzMatrix& g, const Sides& s, int
 }
 
 // Copies some rows to x, scaled by 2^exponent and then rounded to dtype.
-template <typename S>
+template <typename T>
 void load_rows(const NewtonSchulzMatrix& g, const Sides& s, DType dtype, int exponent, int64_t first_row,
-               int64_t last_row, S* x, int64_t stride) {
+               int64_t last_row, T* x, int64_t stride) {
   with_codec(g.in_dtype, [&](auto codec) {
     using Codec = decltype(codec);
     using V = decltype(Codec::decode({}));
@@ -135,13 +136,13 @@ void load_rows(const NewtonSchulzMatrix& g, const Sides& s, DType dtype, int exp
       if (s.in_column == 1) {
         for (int64_t i = first_row; i < last_row; ++i)
           for (int64_t j = 0; j < s.columns; ++j)
-            x[i * stride + j] =
-                S(Rounding::decode(encode<Rounding>(Codec::decode(in[i * s.in_row + j]) * first * second)));
+            write(x + i * stride + j,
+                  Sum<T>(Rounding::decode(encode<Rounding>(Codec::decode(in[i * s.in_row + j]) * first * second))));
         return;
       }
       for_elements(first_row, last_row, s.columns, s.in_row, s.in_column, [&](int64_t i, int64_t j) {
         const V value = Codec::decode(in[i * s.in_row + j * s.in_column]) * first * second;
-        x[i * stride + j] = S(Rounding::decode(encode<Rounding>(value)));
+        write(x + i * stride + j, Sum<T>(Rounding::decode(encode<Rounding>(value))));
       });
     };
     if (dtype == g.in_dtype)
@@ -152,29 +153,34 @@ void load_rows(const NewtonSchulzMatrix& g, const Sides& s, DType dtype, int exp
 }
 
 // The same sum whatever the width of the machine's registers.
-template <typename S>
-double sum_of_squares(const S* row, int64_t columns) {
+template <typename T>
+double sum_of_squares(const T* row, int64_t columns) {
   double sums[8] = {};
+  const auto add = [&](int lane, int64_t j) {
+    const double x = read<Sum<T>>(row + j);
+    sums[lane] += x * x;
+  };
   int64_t j = 0;
   for (; j + 8 <= columns; j += 8)
-    for (int l = 0; l < 8; ++l) sums[l] += double(row[j + l]) * double(row[j + l]);
-  for (int l = 0; j + l < columns; ++l) sums[l] += double(row[j + l]) * double(row[j + l]);
+    for (int l = 0; l < 8; ++l) add(l, j + l);
+  for (int l = 0; j + l < columns; ++l) add(l, j + l);
   return ((sums[0] + sums[4]) + (sums[2] + sums[6])) + ((sums[1] + sums[5]) + (sums[3] + sums[7]));
 }
 
-template <typename S>
-void store_rows(const NewtonSchulzMatrix& g, const Sides& s, int64_t first_row, int64_t last_row, const S* x,
+template <typename T>
+void store_rows(const NewtonSchulzMatrix& g, const Sides& s, int64_t first_row, int64_t last_row, const T* x,
                 int64_t stride) {
   with_codec(g.out_dtype, [&](auto codec) {
     using Codec = decltype(codec);
     auto* const out = static_cast<typename Codec::Stored*>(g.out);
     if (s.out_column == 1) {
       for (int64_t i = first_row; i < last_row; ++i)
-        for (int64_t j = 0; j < s.columns; ++j) out[i * s.out_row + j] = encode<Codec>(x[i * stride + j]);
+        for (int64_t j = 0; j < s.columns; ++j)
+          out[i * s.out_row + j] = encode<Codec>(read<Sum<T>>(x + i * stride + j));
       return;
     }
     for_elements(first_row, last_row, s.columns, s.out_row, s.out_column, [&](int64_t i, int64_t j) {
-      out[i * s.out_row + j * s.out_column] = encode<Codec>(x[i * stride + j]);
+      out[i * s.out_row + j * s.out_column] = encode<Codec>(read<Sum<T>>(x + i * stride + j));
     });
   });
 }

@@ -47,8 +47,8 @@ COEFFICIENTS: dict[str, tuple[Triple, ...]] = {
 # float32 needs no restart.
 _RESTARTS: dict[tuple[str, str], tuple[int, ...]] = {
     ("jordan", "float16"): (3,),
-    ("jordan", "bfloat16"): (3,),
     ("you", "float16"): (2,),
+    ("you", "bfloat16"): (2, 4),
 }
 METHODS = ("standard", "gram", "auto")
 DTYPES = ("float32", "float64", "bfloat16", "float16")
@@ -68,6 +68,13 @@ class Schedule(NamedTuple):
     def compiled(self) -> _C.NewtonSchulzSchedule:
         """The same for the extension module."""
         return _C.NewtonSchulzSchedule(self.steps, self.gram_from, self.dtype)
+
+
+def cpu_arithmetic(dtype: str) -> str:
+    """What the CPU's products read and write, for matrices that are rounded to ``dtype``."""
+    if dtype == "float64" or (dtype == "bfloat16" and _C.isa() == "avx512_bf16"):
+        return dtype
+    return "float32"
 
 
 def make(

@@ -63,6 +63,16 @@ inline uint16_t twin_unordered(__m512 a, __m512 b) {
   for (int i = 0; i < 16; ++i) mask |= uint16_t(x.at[i] != x.at[i] || y.at[i] != y.at[i]) << i;
   return mask;
 }
+// Two products a lane, the upper ones first. (The instruction takes subnormal numbers for zeros; this does not.)
+inline __m512 twin_dpbf16_ps(__m512 sum, __m512bh a, __m512bh b) {
+  auto total = bits_as<Lanes<float>>(sum);
+  const auto x = bits_as<Lanes<uint32_t>>(a), y = bits_as<Lanes<uint32_t>>(b);
+  for (int i = 0; i < 16; ++i) {
+    total.at[i] += bits_as<float>(x.at[i] & 0xffff0000) * bits_as<float>(y.at[i] & 0xffff0000);
+    total.at[i] += bits_as<float>(x.at[i] << 16) * bits_as<float>(y.at[i] << 16);
+  }
+  return bits_as<__m512>(total);
+}
 
 #undef _mm512_cvtps_ph
 #undef _mm512_cmp_ps_mask
@@ -74,5 +84,6 @@ inline uint16_t twin_unordered(__m512 a, __m512 b) {
 #define _mm512_sqrt_pd twin_sqrt_pd
 #define _mm512_cvtph_ps twin_cvtph_ps
 #define _mm512_cvtps_ph twin_cvtps_ph
+#define _mm512_dpbf16_ps twin_dpbf16_ps
 #define _mm512_cmp_ps_mask(a, b, predicate) twin_unordered(a, b)
 #define __AVX512F__ 1

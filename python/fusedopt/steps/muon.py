@@ -64,7 +64,8 @@ def muon_step(
             orthogonalised on its own.
         ns_dtype: the precision that Newton–Schulz needs at least, ``"bfloat16"`` (also by ``None``,
             as ``torch.optim.Muon`` has it), ``"float16"`` or ``"float32"``. The CPU computes in
-            float32 whatever is asked for, in float64 for float64, and rounds nothing to less. Where
+            float32 whatever is asked for, in float64 for float64, and rounds nothing to less; only
+            where it multiplies bfloat16 (AVX512-BF16), and that is enough, does it do so. Where
             half precision is enough, ``ns_method="auto"`` takes the Gram form for long matrices,
             which is faster and, in float32, far more accurate than that.
         momentum_form: ``"ema"`` as above, or ``"sum"``: ``m ← μm + g``, ``u = μm + g``. The update
@@ -232,13 +233,14 @@ def _schedules(
 ) -> tuple[_C.NewtonSchulzSchedule, _C.NewtonSchulzSchedule]:
     """Of parameters up to float32, and of float64 ones.
 
-    The precision asked for decides on the form alone: nothing is rounded to less than the
-    arithmetic of the CPU.
+    The precision asked for decides on the form: nothing is rounded to less than the arithmetic of
+    the CPU.
     """
-    narrow = schedules.make(coefficients, steps, method, dtype or "bfloat16", "float32")
+    arithmetic = schedules.cpu_arithmetic(dtype or "bfloat16")
+    narrow = schedules.make(coefficients, steps, method, dtype or "bfloat16", arithmetic)
     wide = schedules.make(coefficients, steps, method, dtype or "float64", "float64")
     return (
-        narrow._replace(dtype="float32").compiled(),
+        narrow._replace(dtype=arithmetic).compiled(),
         wide._replace(dtype="float64").compiled(),
     )
 

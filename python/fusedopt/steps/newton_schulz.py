@@ -45,7 +45,9 @@ def newton_schulz(
             rounding outweighs that; else ``"standard"``.
         dtype: each matrix, scaled by a power of two so that no range is exceeded, is rounded to it
             first; ``None``: it stays as it is. On the CPU arithmetic is in float64 for float64, in
-            float32 (or better) for all others, and rounded to ``G``'s dtype at the end.
+            float32 (or better) for all others, and rounded to ``G``'s dtype at the end. Only where
+            the CPU multiplies bfloat16 (AVX512-BF16) are products of matrices rounded to it summed
+            in float32 and rounded to it again.
         restarts: steps, counting from 0, before which the Gram form computes the matrix itself and
             its Gram matrix anew; ``None``: none in float32 and float64, which need none.
         backend: as in ``adamw_step``.
@@ -68,7 +70,7 @@ def newton_schulz(
     name = backends.choose(OPERATION, backend, [G])
     _adam.check_stream(stream, name)
     rounding = own if dtype is None else backends.dtype_name(dtype)
-    arithmetic = "float64" if rounding == "float64" else "float32"
+    arithmetic = schedules.cpu_arithmetic(rounding)
     schedule = schedules.make(coefficients, steps, method, rounding, arithmetic, restarts)
     result = _empty_like(G)
     OPERATION.launchers[name](G, result, schedule)
