@@ -138,6 +138,58 @@ def test_numbers_on_the_device(case, counted):
         assert {float(x) for x in ([step] if counted == "one counter" else step)} == {7.0}
 
 
+MANY = 2100
+EACH = np.arange(1, MANY + 1)
+
+
+def on_the_device(values):
+    return [torch.tensor(float(x), dtype=torch.float64) for x in values]
+
+
+# What tensors have of their own, where, and launches beside one for every 700 tensors.
+RATES, DECAYS, STEPS = list(1e-5 * EACH), list(1e-4 * EACH), on_the_device(6.0 * EACH)
+OWN_NUMBERS = {
+    "lr": ({"lr": RATES}, 0),
+    "lr and decay": ({"lr": RATES, "weight_decay": DECAYS}, 0),
+    "counter": ({"step": STEPS}, 1),
+    "counter and lr": ({"step": STEPS, "lr": RATES}, 2),
+    "lr on the device": ({"lr": on_the_device(RATES)}, 2),
+    "all on the device": (
+        {"step": STEPS, "lr": on_the_device(RATES), "weight_decay": on_the_device(DECAYS)},
+        2,
+    ),
+}
+
+
+@fake
+@needs_fma
+@pytest.mark.device_numbers
+@pytest.mark.parametrize("case", OWN_NUMBERS)
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_numbers_of_each_of_many_tensors(case, amsgrad):
+    """In the CPU's bits, and in few launches: one for every 700 tensors, and few for numbers."""
+    numbers, more = OWN_NUMBERS[case]
+    rng = torch.Generator().manual_seed(0)
+    arrays = [[torch.rand(2, generator=rng) for _ in EACH] for _ in range(4 + amsgrad)]
+
+    def step(arrays, **changes):
+        own = {"step": 7, **numbers, **changes}
+        if "step" in numbers:
+            own["step"] = [x.clone() for x in numbers["step"]]
+        maxima = arrays[4] if amsgrad else None
+        fusedopt.adamw_step(*arrays[:4], max_exp_avg_sqs=maxima, **own)
+        return own["step"]
+
+    want = copies(arrays)
+    with fake_gpu.on_host():
+        step(want, **{k: RATES if k == "lr" else DECAYS for k in numbers if k != "step"})
+    fake_gpu.take_launches()
+    counters = step(arrays)
+    assert len(fake_gpu.take_launches()) <= MANY // 700 + more
+    assert equal(arrays, want)
+    assert counters == 7 or [float(x) for x in counters] == list(6.0 * EACH + 1)
+
+
 @fake
 @pytest.mark.device_numbers
 @pytest.mark.parametrize("counted", [True, False])

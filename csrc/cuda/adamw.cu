@@ -1,8 +1,8 @@
 // AdamW on a GPU: the formula of math/adamw.h over a tensor table.
 //
 // 28 bytes per element in fp32, 22 with bf16 parameters and gradients, 14 in bf16 (amsgrad: 36, 30, 18), against one
-// division and one square root: memory-bound. The capturable step adds two small kernels, one thread a counter and one
-// an option.
+// division and one square root: memory-bound. The capturable step adds a small kernel, one thread for each tensor's
+// numbers.
 #define FUSEDOPT_TARGET cuda
 #include "cuda/adam_scalars.cuh"
 #include "cuda/adamw.h"
@@ -22,15 +22,41 @@ struct AdamW {
   using Scalars = AdamWScalars<S>;
 
   const ScalarsSource& source;
+  const OwnNumbers own;
 
   template <typename S>
   ScalarsRecord<S> record(const TensorRow& row) const {
-    return source.record<S>(row.scalars);
+    return source.record<S>(own == OwnNumbers::kPrepared ? 0 : row.scalars);
+  }
+  bool shares(const TensorRow& a, const TensorRow& b) const {
+    return own == OwnNumbers::kPrepared || a.scalars == b.scalars ||
+           share_record(source.scalars[a.scalars], source.scalars[b.scalars], own);
+  }
+  template <typename S>
+  int own_bytes() const {
+    constexpr int kBytes[] = {0, 2 * sizeof(S), 3 * sizeof(S), sizeof(int32_t)};
+    return kBytes[int(own)];
+  }
+  template <typename S>
+  void write_own(const TensorRow& row, void* to) const {
+    if (own == OwnNumbers::kPrepared) {
+      memcpy(to, &row.scalars, sizeof row.scalars);
+    } else if (own != OwnNumbers::kNone) {
+      const AdamWScalars<S> k = source.scalars[row.scalars].template as<S>();
+      const S numbers[] = {k.rate, k.decay, k.inv_sqrt_c2};
+      memcpy(to, numbers, own_bytes<S>());
+    }
   }
 
   template <typename S>
-  __device__ static bool prepare(const uint64_t* words, int row, AdamWScalars<S>& k) {
-    return read_scalars(words, row, k);
+  __device__ static bool prepare(const uint64_t* words, const Own& own, AdamWScalars<S>& k) {
+    const bool prepared = words[0];
+    if (!read_scalars(words, prepared ? own.template at<int32_t>(0) : 0, k)) return false;
+    if (prepared || own.bytes == 0) return true;
+    k.rate = own.template at<S>(0);
+    k.decay = own.template at<S>(1);
+    if (own.bytes > int(2 * sizeof(S))) k.inv_sqrt_c2 = own.template at<S>(2);
+    return true;
   }
 
   template <typename S>
@@ -58,7 +84,7 @@ Status launch_adamw(const TensorTable& table, const AdamWScalars<double>* scalar
 }
 
 Status launch_adamw(const TensorTable& table, const ScalarsSource& source, cudaStream_t stream) {
-  return launch_elementwise(AdamW{source}, table, Formats(), stream);
+  return launch_elementwise(AdamW{source, own_numbers(source, table)}, table, Formats(), stream);
 }
 
 int64_t adamw_workspace_bytes(int64_t options_size) { return options_size * int64_t(sizeof(PreparedScalars)); }

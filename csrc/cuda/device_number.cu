@@ -5,15 +5,6 @@
 namespace fusedopt::cuda {
 namespace {
 
-__device__ void increment(DeviceNumber number) {
-  switch (number.dtype) {
-    case DType::kFloat32: *static_cast<float*>(number.data) += 1; break;
-    case DType::kFloat64: *static_cast<double*>(number.data) += 1; break;
-    case DType::kInt32: *static_cast<int32_t*>(number.data) += 1; break;
-    default: *static_cast<int64_t*>(number.data) += 1;
-  }
-}
-
 __global__ void __launch_bounds__(kThreads)
     increment_kernel(const Batch<DeviceNumber> __grid_constant__ counters, DeviceNumber found_inf) {
   const int i = blockIdx.x * kThreads + threadIdx.x;

@@ -17,6 +17,15 @@ __device__ inline double read(DeviceNumber number) {
 
 __device__ inline bool is_set(DeviceNumber number) { return number.data && read(number) != 0; }
 
+__device__ inline void increment(DeviceNumber number) {
+  switch (number.dtype) {
+    case DType::kFloat32: *static_cast<float*>(number.data) += 1; break;
+    case DType::kFloat64: *static_cast<double*>(number.data) += 1; break;
+    case DType::kInt32: *static_cast<int32_t*>(number.data) += 1; break;
+    default: *static_cast<int64_t*>(number.data) += 1;
+  }
+}
+
 template <typename T>
 struct Batch {  // as many as a kernel parameter holds, beside some others
   static constexpr int kCapacity = (kMaxKernelParameterBytes - 256) / sizeof(T);

@@ -2,16 +2,18 @@
 //
 // An algorithm is a class with
 //   kRoles, kWrites, kOptional         how many roles; which are written, which may be absent (bit r is role r)
-//   Scalars<S>, Record<S>              a row's scalars as the formula takes them, and as they travel in the table:
-//                                      a trivially copyable struct with bytes(), how many of its bytes to send, and
-//                                      serve_rows(first, step): whether it can also serve the rows of a table after the
-//                                      first whose scalars' indices go on by equal steps, and does so from now on
-//   record<S>(row)                     host: the row's record
-//   prepare(words, row, scalars)       device: the scalars of the table's row of this number from its record's words;
-//                                      false: leave the row alone
+//   Scalars<S>, Record<S>              a row's scalars as the formula takes them, and what travels of them once for
+//                                      neighbours that share it: a trivially copyable struct with bytes(), how many of
+//                                      its bytes to send
+//   record<S>(row), shares(row, row)   host: the row's record, and whether it is its neighbour's too
+//   own_bytes<S>(), write_own<S>(row, to)   host: what travels with each row besides; a multiple of 2, the same for all
+//   prepare(words, own, scalars)       device: the scalars from the words of the record and the row's own bytes; false:
+//                                      leave the row alone
 //   update(x..., complete, scalars)    device: one element per role; complete: optional roles are there
 //
-// Rows travel by value, as a kernel parameter: stateless, and right in a CUDA graph. A thread block finds its chunk of
+// Rows travel by value, as a kernel parameter: stateless, and right in a CUDA graph. A row takes 6 bytes for each role
+// and 8 for its place, so that a launch has at least 700 of up to 5 roles and 8 bytes of their own, as long as no more
+// than 8 records are sent and no strides. A thread block finds its chunk of
 // a row by binary search over the rows' first chunks. Rows that lie flat in one of the algorithm's Formats take
 // elementwise_kernel: 16-byte accesses in every role that is aligned where most roles are, single elements in the
 // others and at the ends. Every other row (strides, unusual mixes of dtypes) takes any_elementwise_kernel, one element
@@ -35,16 +37,30 @@ constexpr int kChunk = 4096;  // elements of one thread block; a row's first chu
 constexpr int kMaxHead = 8;   // 16 bytes of the narrowest dtype
 constexpr int kVectorBytes = 16;
 
-// Rows fill `words` from the front: an address for each role, then a Place. Kinds fill it from the back: what
+constexpr int kAddressUnits = 3;  // of 16 bits: no device has longer addresses
+constexpr int kPlaceUnits = 4;
+
+// Rows fill the table from the front: addresses, what is the row's own, then a Place. Kinds fill it from the back: what
 // neighbouring rows have in common (KindHead, the algorithm's record), and a layout where the row has one.
 struct RowTable {
   static constexpr int kWords = 4093;
   int32_t size;
   int32_t roles;
   uint32_t thread_blocks;
-  uint64_t words[kWords];
+  int32_t row_units;
+  union {
+    uint64_t words[kWords];
+    uint16_t units[4 * kWords];
+  };
 
-  HOST_DEVICE const uint64_t* row(int index) const { return words + index * (roles + 1); }
+  HOST_DEVICE uint64_t bits(int at, int count) const {
+    uint64_t value = 0;
+#pragma unroll
+    for (int i = 0; i < count; ++i) value |= uint64_t(units[at + i]) << 16 * i;
+    return value;
+  }
+  HOST_DEVICE int place_at(int index) const { return (index + 1) * row_units - kPlaceUnits; }
+  HOST_DEVICE uint32_t first_thread_block(int index) const { return uint32_t(bits(place_at(index), 2)); }
 };
 static_assert(sizeof(RowTable) <= kMaxKernelParameterBytes && RowTable::kWords < 4096 && kChunk <= 4096);
 
@@ -71,13 +87,11 @@ static_assert(sizeof(KindHead) == sizeof(uint64_t));
 
 // ---- host: packing
 
-// Packs rows of any sort: one word for each of `roles`, and kinds.
+// Packs rows of any sort, and kinds.
 class TablePacker {
  public:
-  explicit TablePacker(int roles) {
-    rows_.roles = roles;
-    clear();
-  }
+  // Rows of one word for each of `roles`.
+  explicit TablePacker(int roles) : TablePacker(roles, 4 * roles) {}
 
   void clear() {
     rows_.size = 0;
@@ -88,18 +102,30 @@ class TablePacker {
   const RowTable& rows() const { return rows_; }
 
  protected:
+  TablePacker(int roles, int units) {
+    rows_.roles = roles;
+    rows_.row_units = units + kPlaceUnits;
+    clear();
+  }
+
   // Whether a row fits beside those already here; kind_words: 0 if it has the kind of the row before it.
   bool fits(int64_t thread_blocks, int64_t kind_words) const {
-    return (rows_.size + 1) * (rows_.roles + 1) + kind_words <= free_ &&
+    return (rows_.size + 1) * int64_t(rows_.row_units) <= 4 * (free_ - kind_words) &&
            thread_blocks <= INT32_MAX - int64_t(rows_.thread_blocks);
   }
   uint64_t* add_kind(int64_t kind_words) { return rows_.words + (free_ -= kind_words); }
-  uint64_t* last_kind() { return rows_.words + free_; }
-  void add_row(const uint64_t* row, int64_t thread_blocks, int64_t last, int head) {
-    uint64_t* words = rows_.words + rows_.size++ * (rows_.roles + 1);
-    std::copy_n(row, rows_.roles, words);
-    words[rows_.roles] = Place{rows_.thread_blocks, uint32_t(free_), uint32_t(last), uint32_t(head)}.pack();
+  // Where the row's units are to be written.
+  uint16_t* add_row(int64_t thread_blocks, int64_t last, int head) {
+    const uint64_t place = Place{rows_.thread_blocks, uint32_t(free_), uint32_t(last), uint32_t(head)}.pack();
+    write_units(rows_.units + rows_.place_at(rows_.size), place, kPlaceUnits);
     rows_.thread_blocks += uint32_t(thread_blocks);
+    return rows_.units + rows_.size++ * rows_.row_units;
+  }
+  void add_row(const uint64_t* row, int64_t thread_blocks, int64_t last, int head) {
+    memcpy(add_row(thread_blocks, last, head), row, rows_.roles * sizeof *row);
+  }
+  static void write_units(uint16_t* to, uint64_t value, int count) {
+    for (int i = 0; i < count; ++i) to[i] = uint16_t(value >> 16 * i);
   }
 
  private:
@@ -109,40 +135,35 @@ class TablePacker {
 
 class RowPacker : public TablePacker {
  public:
-  using TablePacker::TablePacker;
+  RowPacker(int roles, int own_bytes) : TablePacker(roles, kAddressUnits * roles + own_bytes / 2) {}
 
   // False, and nothing changed, if the row does not fit beside those already here.
-  template <typename Record>
-  bool add(const TensorTable& table, const TensorRow& row, int head, const Record& record) {
+  template <typename S, typename Algorithm>
+  bool add(const TensorTable& table, const TensorRow& row, int head, const Algorithm& algorithm) {
     const int roles = rows().roles;
     const int64_t* layout = row.layout == kFlat ? nullptr : table.layouts + row.layout;
     const int64_t chunks = (row.numel - head + kChunk - 1) / kChunk;
-    const bool shares = rows().size > 0 && shares_kind(row, record);
+    const bool shares = rows().size > 0 && same_layout(table, row, *last_) &&
+                        memcmp(row.dtype, last_->dtype, sizeof row.dtype) == 0 && algorithm.shares(*last_, row);
+    const auto record = algorithm.template record<S>(row);
     const int64_t ndim = layout ? layout[0] : 0, record_words = (record.bytes() + 7) / 8;
     const int64_t kind_words = shares ? 0 : 1 + record_words + ndim * (1 + roles);
     if (ndim > 255 || !fits(chunks, kind_words)) return false;
     if (!shares) write_kind(row, layout, record, record_words, add_kind(kind_words));
-    ++kind_rows_;
-    uint64_t words[kMaxRoles];
-    for (int role = 0; role < roles; ++role) words[role] = reinterpret_cast<uintptr_t>(row.data[role]);
-    add_row(words, chunks, row.numel - head - (chunks - 1) * kChunk, head);
+    uint16_t* units = add_row(chunks, row.numel - head - (chunks - 1) * kChunk, head);
+    for (int role = 0; role < roles; ++role, units += kAddressUnits)
+      write_units(units, reinterpret_cast<uintptr_t>(row.data[role]), kAddressUnits);
+    algorithm.template write_own<S>(row, units);
     last_ = &row;
     return true;
   }
 
  private:
-  // Whether the kind of the row before can be this one's too. The second row of a kind settles how scalars go on.
-  template <typename Record>
-  bool shares_kind(const TensorRow& row, Record record) {
-    if (row.layout != last_->layout || memcmp(row.dtype, last_->dtype, sizeof row.dtype) != 0) return false;
-    const int32_t step = row.scalars - last_->scalars;
-    if (kind_rows_ > 1 || step == 0) return step == step_;
-    uint64_t* const words = last_kind() + 1;  // behind the head
-    memcpy(static_cast<void*>(&record), words, record.bytes());
-    if (!record.serve_rows(rows().size - 1, step)) return false;
-    memcpy(words, &record, record.bytes());
-    step_ = step;
-    return true;
+  static bool same_layout(const TensorTable& table, const TensorRow& a, const TensorRow& b) {
+    if (a.layout == b.layout) return true;
+    if (a.layout == kFlat || b.layout == kFlat) return false;
+    const int64_t *own = table.layouts + a.layout, *other = table.layouts + b.layout;
+    return *own == *other && memcmp(own, other, (1 + *own * (1 + table.roles)) * sizeof *own) == 0;
   }
 
   template <typename Record>
@@ -157,10 +178,8 @@ class RowPacker : public TablePacker {
     memcpy(words + 1, &record, record.bytes());
     const int64_t layout_words = head.ndim * int64_t(1 + rows().roles);
     if (layout) memcpy(words + 1 + record_words, layout + 1, layout_words * sizeof(int64_t));
-    kind_rows_ = step_ = 0;
   }
 
-  int32_t kind_rows_ = 0, step_ = 0;  // of the last kind: its rows, and between their scalars' indices
   const TensorRow* last_ = nullptr;
 };
 
@@ -181,29 +200,38 @@ inline int head_of(const TensorRow& row, int roles) {
   return best;
 }
 
-// A GPU has no access to an element across its own boundary.
+// A GPU has no access to an element across its own boundary, and rows hold addresses of 48 bits.
 inline Status check_alignment(const TensorTable& table) {
   for (const TensorRow* row = table.rows; row < table.rows + table.size; ++row)
-    for (int role = 0; role < table.roles; ++role)
-      if (row->data[role] && address_of(*row, role) % size_of(row->dtype[role]))
+    for (int role = 0; role < table.roles; ++role) {
+      const uintptr_t address = address_of(*row, role);
+      if (address && address % size_of(row->dtype[role]))
         return {"an array's address is not a multiple of its elements' size"};
+      if (address >> 16 * kAddressUnits) return {"an array's address has more than 48 bits"};
+    }
   return {};
 }
 
 // ---- device: where a thread block works
 
-struct Chunk {
-  int number;            // of the row
-  const uint64_t* row;   // the roles' addresses
-  const uint64_t* kind;  // KindHead, record, layout
-  int64_t begin;         // the chunk's first element
-  int count;
-  int head;  // elements before it that are this chunk's too
+struct Own {  // what travels with a row
+  const uint16_t* units;
+  int bytes;
+
+  template <typename T>
+  __device__ T at(int index) const {
+    uint16_t own[sizeof(T) / 2];
+#pragma unroll
+    for (int i = 0; i < int(sizeof(T)) / 2; ++i) own[i] = units[index * int(sizeof(T)) / 2 + i];
+    T value;
+    memcpy(&value, own, sizeof value);
+    return value;
+  }
 };
 
 struct FoundRow {
   int number;
-  const uint64_t* words;
+  const uint64_t* words;  // of a row of words
   Place place;
   uint32_t index;  // of this thread block among the row's
   bool last;
@@ -214,21 +242,41 @@ __device__ inline FoundRow find_row(const RowTable& rows) {
   int low = 0, high = rows.size;
   while (high - low > 1) {
     const int middle = (low + high) / 2;
-    (uint32_t(rows.row(middle)[rows.roles]) <= blockIdx.x ? low : high) = middle;
+    (rows.first_thread_block(middle) <= blockIdx.x ? low : high) = middle;
   }
-  const Place place = Place::unpack(rows.row(low)[rows.roles]);
-  const uint32_t end = low + 1 < rows.size ? uint32_t(rows.row(low + 1)[rows.roles]) : rows.thread_blocks;
-  return {low, rows.row(low), place, blockIdx.x - place.first_thread_block, blockIdx.x + 1 == end};
+  const Place place = Place::unpack(rows.bits(rows.place_at(low), kPlaceUnits));
+  const uint32_t end = low + 1 < rows.size ? rows.first_thread_block(low + 1) : rows.thread_blocks;
+  const uint64_t* words = rows.words + low * rows.row_units / 4;
+  return {low, words, place, blockIdx.x - place.first_thread_block, blockIdx.x + 1 == end};
 }
 
+struct Chunk {
+  const RowTable& rows;
+  int units;             // where the row's begin
+  const uint64_t* kind;  // KindHead, record, layout
+  int64_t begin;         // the chunk's first element
+  int count;
+  int head;  // elements before it that are this chunk's too
+
+  __device__ char* data(int role) const {
+    return role < rows.roles ? reinterpret_cast<char*>(rows.bits(units + role * kAddressUnits, kAddressUnits))
+                             : nullptr;
+  }
+  __device__ Own own() const {
+    const int addresses = rows.roles * kAddressUnits;
+    return {rows.units + units + addresses, 2 * (rows.row_units - kPlaceUnits - addresses)};
+  }
+};
+
 __device__ inline Chunk find_chunk(const RowTable& rows) {
-  const auto [number, row, place, index, last] = find_row(rows);
-  return {number,
-          row,
+  const FoundRow found = find_row(rows);
+  const Place& place = found.place;
+  return {rows,
+          found.number * rows.row_units,
           rows.words + place.kind,
-          int64_t(index) * kChunk + place.head,
-          last ? int(place.last) : kChunk,
-          index == 0 ? int(place.head) : 0};
+          int64_t(found.index) * kChunk + place.head,
+          found.last ? int(place.last) : kChunk,
+          found.index == 0 ? int(place.head) : 0};
 }
 
 // ---- flat rows
@@ -316,8 +364,8 @@ class ChunkRunner<Algorithm, Format<Codecs...>> {
   __device__ static void run(const RowTable& rows) {
     const Chunk chunk = find_chunk(rows);
     Scalars scalars;
-    if (!Algorithm::prepare(chunk.kind + 1, chunk.number, scalars)) return;
-    const Roles roles = roles_of(rows, chunk, Indices());
+    if (!Algorithm::prepare(chunk.kind + 1, chunk.own(), scalars)) return;
+    const Roles roles = roles_of(chunk, Indices());
     const int tail = chunk.count % F::kSpan, end = chunk.count - tail;
     if (!roles.all_aligned)
       run_body<Body::kMixed>(roles, scalars, end);
@@ -359,10 +407,10 @@ class ChunkRunner<Algorithm, Format<Codecs...>> {
   }
 
   template <size_t... R>
-  __device__ static Roles roles_of(const RowTable& rows, const Chunk& chunk, std::index_sequence<R...>) {
+  __device__ static Roles roles_of(const Chunk& chunk, std::index_sequence<R...>) {
     Roles roles;
     roles.complete = roles.all_aligned = true;
-    ((roles.data[R] = address<Codecs>(rows, chunk, R), roles.complete &= roles.data[R] != nullptr,
+    ((roles.data[R] = address<Codecs>(chunk, R), roles.complete &= roles.data[R] != nullptr,
       roles.all_aligned &= is_aligned(roles.data[R])),
      ...);
     return roles;
@@ -371,8 +419,8 @@ class ChunkRunner<Algorithm, Format<Codecs...>> {
   __device__ static bool is_aligned(const char* data) { return reinterpret_cast<uintptr_t>(data) % kVectorBytes == 0; }
 
   template <typename Codec>
-  __device__ static char* address(const RowTable& rows, const Chunk& chunk, int role) {
-    char* data = role < rows.roles ? reinterpret_cast<char*>(chunk.row[role]) : nullptr;
+  __device__ static char* address(const Chunk& chunk, int role) {
+    char* data = chunk.data(role);
     return data ? data + chunk.begin * int64_t(sizeof(typename Codec::Stored)) : nullptr;
   }
 
@@ -472,21 +520,21 @@ struct AnyRunner {
   __device__ static void run(const RowTable& rows) {
     const Chunk chunk = find_chunk(rows);
     typename Algorithm::template Scalars<S> scalars;
-    if (!Algorithm::prepare(chunk.kind + 1, chunk.number, scalars)) return;
+    if (!Algorithm::prepare(chunk.kind + 1, chunk.own(), scalars)) return;
     KindHead head;
     memcpy(&head, chunk.kind, sizeof head);
     for (int i = threadIdx.x; i < chunk.count; i += kThreads) {
       int64_t at[kRoles];
       find_element(chunk.kind + 1 + head.record_words, head.ndim, rows.roles, chunk.begin + i, at);
-      process(rows.roles, chunk.row, head, at, scalars, std::make_index_sequence<kRoles>());
+      process(chunk, head, at, scalars, std::make_index_sequence<kRoles>());
     }
   }
 
   template <typename Scalars, size_t... R>
-  __device__ static void process(int roles, const uint64_t* row, const KindHead& head, const int64_t (&at)[kRoles],
+  __device__ static void process(const Chunk& chunk, const KindHead& head, const int64_t (&at)[kRoles],
                                  const Scalars& scalars, std::index_sequence<R...>) {
     S x[kRoles] = {};
-    void* const data[] = {int(R) < roles ? reinterpret_cast<void*>(row[R]) : nullptr...};
+    void* const data[] = {chunk.data(R)...};
     ((data[R] ? void(x[R] = load_any<S>(head.dtype[R], data[R], at[R])) : void()), ...);
     Algorithm::update(x[R]..., (data[R] && ...), scalars);
     ((Algorithm::kWrites >> R & 1 && data[R] ? store_any(head.dtype[R], data[R], at[R], x[R]) : void()), ...);
@@ -522,15 +570,14 @@ inline Status launch_packed(Kernel* kernel, const RowTable& rows, cudaStream_t s
 template <typename S, typename Formats, typename Kernel, typename Algorithm>
 inline Status launch_class(int row_class, Kernel* kernel, const Algorithm& algorithm, const TensorTable& table,
                            int roles, cudaStream_t stream) {
-  RowPacker packer(roles);
+  RowPacker packer(roles, algorithm.template own_bytes<S>());
   for (const TensorRow* row = table.rows; row < table.rows + table.size; ++row) {
     if (Formats::class_of(*row) != row_class) continue;
     const int head = row_class < Formats::kAny ? head_of(*row, roles) : 0;
-    const auto record = algorithm.template record<S>(*row);
-    if (packer.add(table, *row, head, record)) continue;
+    if (packer.add<S>(table, *row, head, algorithm)) continue;
     if (const Status status = launch_packed(kernel, packer.rows(), stream); !status) return status;
     packer.clear();
-    if (!packer.add(table, *row, head, record)) return {"an array has too many elements or more than 255 dimensions"};
+    if (!packer.add<S>(table, *row, head, algorithm)) return {"an array has too many elements or more than 255 dimensions"};
   }
   return launch_packed(kernel, packer.rows(), stream);
 }

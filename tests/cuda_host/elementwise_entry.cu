@@ -16,14 +16,20 @@ struct Add {  // x <- x + y
   template <typename S>
   struct Record {
     size_t bytes() const { return 0; }
-    bool serve_rows(int32_t, int32_t) { return false; }
   };
   template <typename S>
   Record<S> record(const TensorRow&) const {
     return {};
   }
+  bool shares(const TensorRow&, const TensorRow&) const { return true; }
   template <typename S>
-  __device__ static bool prepare(const uint64_t*, int, Scalars<S>&) {
+  int own_bytes() const {
+    return 0;
+  }
+  template <typename S>
+  void write_own(const TensorRow&, void*) const {}
+  template <typename S>
+  __device__ static bool prepare(const uint64_t*, const Own&, Scalars<S>&) {
     return true;
   }
   template <typename S>
@@ -51,14 +57,15 @@ extern "C" const char* add_last_chunk(void* x, void* y, int64_t numel, const int
   row.dtype[0] = row.dtype[1] = DType::kBFloat16;
   row.numel = numel;
   row.layout = layout ? 0 : kFlat;
-  RowPacker packer(Add::kRoles);
-  if (!packer.add({&row, nullptr, layout, 0, 1, Add::kRoles}, row, layout ? 0 : head_of(row, Add::kRoles),
-                  Add().record<float>(row)))
+  RowPacker packer(Add::kRoles, 0);
+  if (!packer.add<float>({&row, nullptr, layout, 0, 1, Add::kRoles}, row, layout ? 0 : head_of(row, Add::kRoles),
+                         Add()))
     return "does not fit";
   RowTable rows = packer.rows();
-  Place place = Place::unpack(rows.words[Add::kRoles]);
+  Place place = Place::unpack(rows.bits(rows.place_at(0), kPlaceUnits));
   place.first_thread_block -= rows.thread_blocks - 1;  // so that the grid's first thread block is the row's last
-  rows.words[Add::kRoles] = place.pack();
+  const uint64_t moved = place.pack();
+  memcpy(rows.units + rows.place_at(0), &moved, sizeof moved);
   rows.thread_blocks = 1;
   using Kernel = void (*)(const RowTable __grid_constant__);
   const Kernel kernel =
