@@ -86,13 +86,14 @@ __all__ = ["CASES", "QUICK", "VARIANTS", "cases"]
 class Problem:
     """The tensors of one workload in one variant."""
 
-    def __init__(self, workload: Workload, variant: Variant) -> None:
+    def __init__(self, workload: Workload, variant: Variant, device: str = "cpu") -> None:
         generator = torch.Generator().manual_seed(1)
 
         def draw(shape: Shape, scale: float) -> Tensor:
-            return torch.randn(shape, generator=generator).mul_(scale).to(variant.param)
+            drawn = torch.randn(shape, generator=generator).mul_(scale)
+            return drawn.to(device, variant.param)
 
-        self.variant = variant
+        self.variant, self.device = variant, device
         self.names = [name for name, _, _ in workload.entries]
         self.kinds = [kind for _, _, kind in workload.entries]
         self.params = [Parameter(draw(shape, 0.02)) for _, shape, _ in workload.entries]
@@ -114,11 +115,11 @@ class Problem:
         for _ in range(2):
             step()
         small = [i for i, p in enumerate(self.params) if p.numel() <= _CHECKED]
-        result: Any = [[self.start[i].double().numpy() for i in small]]
+        result: Any = [[self.start[i].double().cpu().numpy() for i in small]]
         result += [[0 * p for p in result[0]], [self._no_blocks(i) for i in small]]
         for number in (1, 2):
             result = reference.blockwise_adam_step(
-                result[0], [self.grads[i].double().numpy() for i in small], *result[1:],
+                result[0], [self.grads[i].double().cpu().numpy() for i in small], *result[1:],
                 partitions=[self.kinds[i] for i in small], step=number, **HYPER,
             )  # fmt: skip
         exact = torch.cat([torch.as_tensor(p).reshape(-1) for p in result.params])
@@ -127,7 +128,7 @@ class Problem:
             4 * (plain - exact).abs().max() + 8 * exact.abs() * torch.finfo(self.variant.param).eps
         )
         expected = Expected("parameters", exact, allowed)
-        return expected.complaint([torch.cat([self.params[i].detach().reshape(-1) for i in small])])
+        return expected.complaint([torch.cat([self.params[i].detach().cpu().reshape(-1) for i in small])])
 
     def _no_blocks(self, i: int) -> Any:
         from fusedopt.partitions import block_count
@@ -135,17 +136,19 @@ class Problem:
         return torch.zeros(block_count(self.kinds[i], self.params[i].shape)).numpy()
 
 
-def _ours(problem: Problem) -> Contestant:
+def optimizer(problem: Problem) -> Contestant:
+    """``optim.BlockwiseAdam``, its answer checked."""
     from fusedopt.optim import BlockwiseAdam
 
     kinds = dict(zip(problem.names, problem.kinds, strict=True))
     named = list(zip(problem.names, problem.params, strict=True))
     state_dtype = None if problem.variant.param == problem.variant.state else problem.variant.state
-    optimizer = BlockwiseAdam(named, **HYPER, partition=kinds, state_dtype=state_dtype)
-    return Contestant("fusedopt", optimizer.step, wrong=problem.complaint(optimizer.step))
+    made = BlockwiseAdam(named, **HYPER, partition=kinds, state_dtype=state_dtype)
+    return Contestant("fusedopt", made.step, wrong=problem.complaint(made.step))
 
 
-def _peer(problem: Problem, peer: Any) -> Contestant:
+def peer_optimizer(problem: Problem, peer: Any) -> Contestant:
+    """A peer over the problem's parameters; its blocks are its own, so no answer is checked."""
     named = list(zip(problem.names, problem.params, strict=True))
     return Contestant(peer.name, peer.build(named, problem.variant.state, HYPER).step)
 
@@ -163,8 +166,8 @@ def _contestants(
     """All that can run here, and why the others can't."""
     builders: dict[str, Callable[[], Contestant]] = {
         floor.NAME: partial(_floor, problem, threads),
-        "fusedopt": partial(_ours, problem),
-        **{peer.name: partial(_peer, problem, peer) for peer in found},
+        "fusedopt": partial(optimizer, problem),
+        **{peer.name: partial(peer_optimizer, problem, peer) for peer in found},
     }
     contestants, not_run = [], {}
     for name, build in builders.items():

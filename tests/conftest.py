@@ -23,10 +23,9 @@ def one_thread():
 
 COUNTERS = ["counters on the GPU", "counters on the CPU"]
 MARKS = dict(zip(("device_numbers", "host_counters"), COUNTERS, strict=True))
-DEVICES = ["cpu", *([] if where.FAKE else [pytest.param("cuda", marks=pytest.mark.gpu)])]
 
 
-@pytest.fixture(scope="module", params=DEVICES)
+@pytest.fixture(scope="module", params=where.DEVICES)
 def device(request):
     """The device of the test's tensors: this process' own; a real GPU under the marker gpu."""
     where.device = request.param

@@ -7,7 +7,8 @@ import torch
 
 import fusedopt
 import where
-from fusedopt.optim import AdamW
+from fusedopt.optim import AdamW, BlockwiseAdam
+from fusedopt.partitions import Contiguous
 from optim_helpers import (
     Race,
     draw,
@@ -49,6 +50,27 @@ def every_dtype(**kwargs):
     return AdamW(groups, **OPTIONS, **kwargs)
 
 
+def blocks_of_every_sort(**kwargs):
+    """In one pass and in two, columns, over several tensors, and of one element."""
+    groups = [
+        {"params": parameters(*shapes, dtype=dtype), "partition": kind}
+        for dtype in DTYPES
+        for kind, shapes in BLOCKS.items()
+    ]
+    return BlockwiseAdam(groups, **OPTIONS, **kwargs)
+
+
+BLOCKS = {
+    "row": [(4, 5), (9, 768), (3, 9001)],
+    "column": [(70, 33)],
+    "tensor": [(300, 301), (67,)],
+    "global": [(31,), (5, 67)],
+    "coordinate": [(4097,)],
+    Contiguous(7): [(2001,)],
+}
+EVERY = {"AdamW": every_dtype, "BlockwiseAdam": blocks_of_every_sort}
+
+
 def as_numbers(optimizer):
     """Parameters and states on the CPU; a NaN's bits may differ."""
     tensors = []
@@ -67,6 +89,17 @@ def test_training_has_the_bits_of_the_cpu(options, state_dtype):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("state_dtype", [None, torch.float32, torch.bfloat16], ids=str)
+def test_blocks_train_as_on_the_cpu(state_dtype):
+    """A block's sum has another order there: a second moment may round to its neighbour."""
+    ours = as_numbers(run_alone(blocks_of_every_sort(state_dtype=state_dtype), 5))
+    where.device = "cpu"
+    theirs = as_numbers(run_alone(blocks_of_every_sort(state_dtype=state_dtype), 5))
+    for a, b in zip(ours, theirs, strict=True):
+        rounding = max(torch.finfo(a.dtype).eps, torch.finfo(torch.float32).eps)
+        torch.testing.assert_close(a, b, rtol=4 * rounding, atol=rounding)
+
+
 @pytest.mark.parametrize("kwargs", [{}, {"capturable": True}, {"fused": True}], ids=str)
 def test_agrees_with_torch(kwargs):
     Race(AdamW, lambda: parameters(*SHAPES), **OPTIONS, **kwargs).run(10).check()
@@ -78,6 +111,13 @@ def test_where_counters_are():
         for cls in (AdamW, torch.optim.AdamW):
             optimizer = run_alone(cls(parameters((5,)), **kwargs), 1)
             assert states_of(optimizer)[0]["step"].device.type == device
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+def test_nothing_waits_for_blocks(capturable):
+    optimizer = run_alone(blocks_of_every_sort(capturable=capturable), 1)
+    with nothing_waits():
+        optimizer.step()
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"capturable": True}, {"fused": True}], ids=str)
@@ -136,9 +176,10 @@ def captured(optimizer):
 
 
 @pytest.mark.filterwarnings("ignore:This instance was constructed with capturable=True")
-def test_graph_replay_has_the_bits_of_eager_steps():
+@pytest.mark.parametrize("name", EVERY)
+def test_graph_replay_has_the_bits_of_eager_steps(name):
     """lr changes between replays, on the device; the counters count there."""
-    eager, replayed = (every_dtype(capturable=True) for _ in range(2))
+    eager, replayed = (EVERY[name](capturable=True) for _ in range(2))
     rates = [torch.tensor(0.02, device="cuda") for _ in range(2)]
     for optimizer, rate in zip((eager, replayed), rates, strict=True):
         for group in optimizer.param_groups:

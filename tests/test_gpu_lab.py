@@ -1,5 +1,7 @@
 """bench/gpu_lab.sh: its dry run, and what it does when steps fail. Speed and GPUs play no part."""
 
+import dataclasses
+import importlib
 import json
 import os
 import subprocess
@@ -10,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from bench.gpu_lab import adamw as gpu_adamw
-from bench.gpu_lab import checks, lab, steps
+from bench.gpu_lab import checks, lab, measure, steps
 from bench.gpu_lab.device import Fake
+from bench.gpu_lab.registry import BENCHMARKS, CHECKS
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = sys.executable
@@ -30,16 +33,21 @@ def test_dry_run_goes_through_every_step(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     record = json.loads((tmp_path / "gpu_lab.json").read_text())
     assert {s["name"]: s["status"] for s in record["steps"]} == dict.fromkeys(
-        ["machine", "build", "tests", "graph", "adamw", "memcheck", "racecheck"], "ok"
+        ["machine", "build", "tests", "graph", *BENCHMARKS, "memcheck", "racecheck"], "ok"
     )
     assert record["versions"]["torch"] != "missing" and record["gpu"]["before"]["name"] == "dry run"
-    assert len(record["adamw"]["cases"]) == 18 and not record["adamw"]["left_out"]
-    for case in record["adamw"]["cases"]:
-        rows = {row["name"]: row for row in case["rows"]}
-        assert {"copy", "fusedopt", "fusedopt.adamw_step"} <= rows.keys()
-        assert all(row["median_ms"] > 0 and row["wall_ms"] > 0 for row in rows.values())
-        assert not rows["fusedopt"]["wrong"]
-    assert all(goal["value"] is not None for goal in record["adamw"]["goals"])
+    assert len(record["measured"]["adamw"]["cases"]) == 18
+    for name, step in [("adamw", "adamw_step"), ("blockwise_adam", "blockwise_adam_step")]:
+        measured = record["measured"][name]
+        assert not measured["left_out"]
+        for case in measured["cases"]:
+            rows = {row["name"]: row for row in case["rows"]}
+            assert {"copy", "fusedopt", f"fusedopt.{step}"} <= rows.keys()
+            assert all(row["median_ms"] > 0 and row["wall_ms"] > 0 for row in rows.values())
+            assert not rows["fusedopt"]["wrong"] and not rows[f"fusedopt.{step}"]["wrong"]
+        assert all(goal["value"] is not None for goal in measured["goals"])
+    log = (tmp_path / "gpu_lab.log").read_text()
+    assert all(f"graph {name} cpu" in log and f"\n{name} cpu" in log for name in CHECKS)
     assert "every step did well" in done.stdout
 
 
@@ -59,9 +67,9 @@ def test_a_failed_step_is_named_and_the_others_run(tmp_path):
     assert outcomes[3].limit > 70  # with the time that the others left over
     log = (tmp_path / "log").read_text()
     assert "fine" in log and "limit" in log
-    record = {"gpu": {"before": {}}, "adamw": None, "dry_run": False}
+    record = {"gpu": {"before": {}}, "measured": {"adamw": None}, "dry_run": False}
     text = lab.summary(record, outcomes)
-    assert "FAILED: bad, missing" in text and "nothing was measured" in text
+    assert "FAILED: bad, missing" in text and "adamw: nothing was measured" in text
 
 
 def test_a_step_out_of_time_is_ended_with_its_children(tmp_path):
@@ -87,7 +95,23 @@ def test_real_commands(tmp_path):
     for tool in ("memcheck", "racecheck"):
         assert plan[tool].command[1:3] == ["--tool", tool]
         assert "--error-exitcode" in plan[tool].command
-    assert plan["adamw"].command(100.0)[-4:] == ["--seconds", "85", "--out", str(tmp_path)]
+    for name in BENCHMARKS:
+        assert plan[name].command(100.0)[-5:] == [name, "--seconds", "70", "--out", str(tmp_path)]
+
+
+def test_every_row_of_the_registry_is_there():
+    for name in BENCHMARKS:
+        benchmark = importlib.import_module(f"bench.gpu_lab.{name}").BENCHMARK
+        assert benchmark.cases and all(len(case) == 2 for case in benchmark.cases)
+    assert set(CHECKS) == checks.ALGORITHMS.keys()
+
+
+def test_what_an_earlier_run_measured_is_not_this_ones(tmp_path, monkeypatch):
+    (tmp_path / "adamw.json").write_text("{}")
+    monkeypatch.setattr(lab, "plan", lambda *_: [steps.Step("it", python("pass"), 20)])
+    lab.run(tmp_path, True)
+    record = json.loads((tmp_path / "gpu_lab.json").read_text())
+    assert record["measured"]["adamw"] is None
 
 
 def test_without_a_gpu_it_says_so(tmp_path):
@@ -111,14 +135,15 @@ def test_a_failed_step_shows_in_the_exit_status(tmp_path, monkeypatch):
 # ---- what the jobs look for is found
 
 
-@pytest.fixture
-def change_step(monkeypatch):
-    """change_step(f): f(step, lists, options) takes the place of fusedopt.adamw_step."""
+@pytest.fixture(params=CHECKS)
+def change_step(request, monkeypatch):
+    """change_step(f): f(step, lists, options) takes the place of an algorithm's step."""
     import fusedopt
 
-    real = fusedopt.adamw_step
+    name = f"{request.param}_step"
+    real = getattr(fusedopt, name)
     return lambda f: monkeypatch.setattr(
-        fusedopt, "adamw_step", lambda *lists, **options: f(real, lists, options)
+        fusedopt, name, lambda *lists, **options: f(real, lists, options)
     )
 
 
@@ -126,7 +151,7 @@ def off_by_a_bit(step, lists, options):
     """Wrong in one element, where a backend is asked for."""
     step(*lists, **options)
     if "backend" in options:
-        lists[0][0].detach()[-1:] += 0.5
+        lists[0][0].detach().view(-1)[-1:] += 0.5
 
 
 def without_found_inf(step, lists, options):
@@ -153,17 +178,31 @@ def test_graphs_have_to_leave_a_step_out(change_step):
         checks.graph(Fake())
 
 
-def test_the_benchmark_fails_where_ours_is_wrong_or_does_not_run(
-    tmp_path, monkeypatch, change_step
-):
+@pytest.fixture
+def smallest(monkeypatch):
+    """One case of AdamW's benchmark, run on the CPU."""
+    benchmark = dataclasses.replace(gpu_adamw.BENCHMARK, cases=[("500x64", "fp32")])
+    return lambda out: measure.run("adamw", benchmark, Fake(), out, None)
+
+
+@pytest.mark.parametrize("change_step", ["adamw"], indirect=True)
+def test_the_benchmark_fails_where_ours_is_wrong_or_does_not_run(tmp_path, smallest, change_step):
     def fails(*_):
         raise RuntimeError("no kernel image")
 
-    monkeypatch.setattr(gpu_adamw, "_CASES", {"500x64": gpu_adamw._CASES["500x64"]})
-    gpu_adamw.run(Fake(), tmp_path, None)
+    smallest(tmp_path)
     change_step(off_by_a_bit)
     with pytest.raises(SystemExit, match=r"500x64.*, fusedopt.adamw_step: wrong answers: "):
-        gpu_adamw.run(Fake(), tmp_path, None)
+        smallest(tmp_path)
     change_step(fails)
     with pytest.raises(SystemExit, match=r"500x64.*, fusedopt.adamw_step: not run: no kernel"):
-        gpu_adamw.run(Fake(), tmp_path, None)
+        smallest(tmp_path)
+
+
+@pytest.mark.parametrize("change_step", ["blockwise_adam"], indirect=True)
+def test_blockwise_adams_answers_are_looked_at(tmp_path, change_step):
+    module = importlib.import_module("bench.gpu_lab.blockwise_adam")
+    benchmark = dataclasses.replace(module.BENCHMARK, cases=[("gpt2", "fp32")])
+    change_step(off_by_a_bit)
+    with pytest.raises(SystemExit, match=r"gpt2.*, fusedopt.blockwise_adam_step: wrong answers: "):
+        measure.run("blockwise_adam", benchmark, Fake(), tmp_path, None)

@@ -10,6 +10,7 @@ import os
 import pytest
 
 FAKE = os.environ.get("FUSEDOPT_FAKE_GPU", "")
+DEVICES = ["cpu", *([] if FAKE else [pytest.param("cuda", marks=pytest.mark.gpu)])]
 device = "cpu"  # of the running test; helpers make their tensors there
 
 not_on_fake = pytest.mark.skipif(bool(FAKE), reason="about CPU arrays")

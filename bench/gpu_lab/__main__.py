@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 import tempfile
 from pathlib import Path
+
+from bench.gpu_lab.registry import BENCHMARKS
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "gpu_lab"
 
@@ -22,7 +25,7 @@ def main() -> int:
     """Exit status: 0 if every step did well."""
     parser = argparse.ArgumentParser(prog="bench/gpu_lab.sh", description=__doc__)
     parser.add_argument(
-        "job", nargs="?", choices=["all", "sanitize", "graph", "adamw"], default="all"
+        "job", nargs="?", choices=["all", "sanitize", "graph", *BENCHMARKS], default="all"
     )
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, the GPU's part faked")
     parser.add_argument("--out", type=Path, help="folder for JSON and log")
@@ -34,7 +37,7 @@ def main() -> int:
         from bench.gpu_lab import lab
 
         return lab.run(out, given.dry_run)
-    from bench.gpu_lab import adamw, checks
+    from bench.gpu_lab import checks, measure
     from bench.gpu_lab.device import Cuda, Fake
 
     device = Fake() if given.dry_run else Cuda()
@@ -43,7 +46,8 @@ def main() -> int:
     elif given.job == "graph":
         checks.graph(device)
     else:
-        adamw.run(device, out, given.seconds)
+        benchmark = importlib.import_module(f"bench.gpu_lab.{given.job}").BENCHMARK
+        measure.run(given.job, benchmark, device, out, given.seconds)
     return 0
 
 

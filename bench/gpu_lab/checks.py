@@ -1,7 +1,12 @@
-"""Short runs with a verdict: one for compute-sanitizer, and graph replay against eager steps."""
+"""Short runs with a verdict: one for compute-sanitizer, and graph replay against eager steps.
+
+An algorithm takes part by a row in ``ALGORITHMS``.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,8 +14,9 @@ from torch import Tensor
 
 import fusedopt
 from bench.gpu_lab.device import Device
+from bench.gpu_lab.registry import CHECKS
+from fusedopt.partitions import Contiguous, block_count
 
-_SIZES = (1, 31, 4097, 70_001)
 _FORMATS = (
     (torch.float32, torch.float32),
     (torch.bfloat16, torch.bfloat16),
@@ -22,15 +28,89 @@ _STEPS = 5
 Lists = list[list[Tensor]]
 
 
-def _lists(param: torch.dtype, state: torch.dtype) -> Lists:
-    """Parameters, gradients and moments on the CPU: odd sizes, one of them unaligned."""
-    rng = torch.Generator().manual_seed(1)
+@dataclass(frozen=True)
+class Algorithm:
+    """What the lab asks of an algorithm: lists to work on, and a step over them in place.
 
-    def draw(dtype: torch.dtype) -> list[Tensor]:
-        return [torch.randn(n + 3, generator=rng).to(dtype)[3:] for n in _SIZES]
+    ``lists(param, state)`` makes them on the CPU, the gradients second. ``step`` takes copies of
+    them, ``backend`` and those of the numbers step, lr, grad_scale and found_inf that ``numbers``
+    names; on a GPU they may lie there. ``rounding``: how far, in units of a float32's last place,
+    backends' results may be apart. ``optimizer(params, capturable)``: its class, if it has one.
+    """
 
-    seconds = [x.square() for x in draw(state)]
-    return [draw(param), draw(param), draw(state), seconds]
+    lists: Callable[[torch.dtype, torch.dtype], Lists]
+    step: Callable[..., object]
+    numbers: Sequence[str] = ("step", "lr", "grad_scale", "found_inf")
+    rounding: float = 0.0
+    optimizer: Callable[[list[Tensor], bool], Any] | None = None
+
+
+def _drawn(sizes: Sequence[tuple[int, ...]], seed: int, dtype: torch.dtype) -> list[Tensor]:
+    """Normal numbers, each array beginning three elements after an aligned address."""
+    rng = torch.Generator().manual_seed(seed)
+    drawn = (torch.randn(torch.Size(s).numel() + 3, generator=rng).to(dtype) for s in sizes)
+    return [x[3:].view(s) for x, s in zip(drawn, sizes, strict=True)]
+
+
+# ---- AdamW
+
+_SIZES = [(1,), (31,), (4097,), (70_001,)]
+
+
+def _adamw_lists(param: torch.dtype, state: torch.dtype) -> Lists:
+    firsts, seconds = _drawn(_SIZES, 3, state), _drawn(_SIZES, 4, state)
+    return [
+        _drawn(_SIZES, 1, param), _drawn(_SIZES, 2, param), firsts, [x.square() for x in seconds]
+    ]  # fmt: skip
+
+
+def _adamw_step(lists: Lists, **options: Any) -> None:
+    fusedopt.adamw_step(*lists, **options, **_HYPER)
+
+
+def _adamw(params: list[Tensor], capturable: bool) -> Any:
+    return fusedopt.optim.AdamW(params, lr=0.01, capturable=capturable, fused=True)
+
+
+# ---- blockwise Adam: blocks of one pass, of two, columns, one of all, and single coordinates
+
+_BLOCKS: list[tuple[tuple[int, ...], Any]] = [
+    ((9, 768), "row"),
+    ((70, 33), "column"),
+    ((3, 30_001), "tensor"),
+    ((20_001,), Contiguous(7)),
+    ((4097,), "coordinate"),
+    ((31,), "global"),
+    ((5, 67), "global"),
+]
+_SHAPES, _KINDS = [shape for shape, _ in _BLOCKS], [kind for _, kind in _BLOCKS]
+
+
+def _blockwise_lists(param: torch.dtype, state: torch.dtype) -> Lists:
+    blocks = [torch.full((block_count(kind, shape),), 0.3) for shape, kind in _BLOCKS]
+    return [_drawn(_SHAPES, 1, param), _drawn(_SHAPES, 2, param), _drawn(_SHAPES, 3, state), blocks]
+
+
+def _blockwise_step(lists: Lists, **options: Any) -> None:
+    fusedopt.blockwise_adam_step(*lists, partitions=_KINDS, **options, **_HYPER)
+
+
+def _blockwise_adam(params: list[Tensor], capturable: bool) -> Any:
+    named = [(str(i), p) for i, p in enumerate(params)]
+    kinds = {name: "row" for name, _ in named}
+    return fusedopt.optim.BlockwiseAdam(named, lr=0.01, capturable=capturable, partition=kinds)
+
+
+ALGORITHMS = {
+    "adamw": Algorithm(_adamw_lists, _adamw_step, optimizer=_adamw),
+    # sums have other orders on other backends
+    "blockwise_adam": Algorithm(
+        _blockwise_lists, _blockwise_step, rounding=8.0, optimizer=_blockwise_adam
+    ),
+}
+
+
+# ---- what is done with them
 
 
 def _moved(lists: Lists, device: Device) -> Lists:
@@ -38,58 +118,70 @@ def _moved(lists: Lists, device: Device) -> Lists:
     moved = []
     for role in lists:
         memory = [torch.zeros(x.numel() + 3, dtype=x.dtype, device=device.name) for x in role]
-        moved.append([m[3:].copy_(x) for m, x in zip(memory, role, strict=True)])
+        moved.append([m[3:].view(x.shape).copy_(x) for m, x in zip(memory, role, strict=True)])
     return moved
 
 
-def _require_same_bits(what: str, got: Lists, want: Lists) -> None:
+def _require_same(what: str, got: Lists, want: Lists, rounding: float = 0.0) -> None:
+    """The same bits, or numbers a few last places of float32 and one of their own dtype apart."""
     for i, (a, b) in enumerate(zip(got, want, strict=True)):
         for j, (x, y) in enumerate(zip(a, b, strict=True)):
-            if not torch.equal(x.cpu(), y.cpu()):
+            own = torch.finfo(y.dtype).eps if rounding else 0.0
+            allowed = rounding * torch.finfo(torch.float32).eps + own
+            if not torch.allclose(x.cpu().double(), y.cpu().double(), rtol=allowed, atol=allowed):
                 raise SystemExit(f"{what}: array {j} of role {i} differs")
-    print(f"{what}: same bits")
+    print(f"{what}: same {'numbers' if rounding else 'bits'}")
 
 
-def _numbers(device: Device) -> dict[str, Tensor]:
+def _numbers(algorithm: Algorithm, device: Device) -> dict[str, Tensor]:
     """Numbers that stay on the device."""
-    return {
+    numbers = {
         "step": torch.zeros((), device=device.name),
         "lr": torch.tensor(0.01, dtype=torch.float64, device=device.name),
         "grad_scale": torch.tensor(2.0, device=device.name),
         "found_inf": torch.zeros((), device=device.name),
     }
+    return {name: numbers[name] for name in algorithm.numbers}
 
 
 def sanitize(device: Device) -> None:
     """A step of every backend with numbers from the host, and one with numbers on the device."""
-    for backend in device.backends:
-        for param, state in _FORMATS:
-            want = _lists(param, state)
-            got = _moved(want, device)
-            fusedopt.adamw_step(*got, step=1, lr=0.01, grad_scale=2.0, backend=backend, **_HYPER)
-            fusedopt.adamw_step(*got, backend=backend, **_numbers(device), **_HYPER)
-            device.synchronize()
-            for _ in range(2):
-                fusedopt.adamw_step(*want, step=1, lr=0.01, grad_scale=2.0, **_HYPER)
-            _require_same_bits(f"{backend or 'cpu'} {param} {state}", got, want)
+    for name in CHECKS:
+        algorithm = ALGORITHMS[name]
+        told = {"step": 1, "lr": 0.01, "grad_scale": 2.0}
+        told = {key: value for key, value in told.items() if key in algorithm.numbers}
+        for backend in device.backends:
+            for param, state in _FORMATS:
+                want = algorithm.lists(param, state)
+                got = _moved(want, device)
+                algorithm.step(got, backend=backend, **told)
+                algorithm.step(got, backend=backend, **_numbers(algorithm, device))
+                device.synchronize()
+                for _ in range(2):
+                    algorithm.step(want, **told)
+                what = f"{name} {backend or 'cpu'} {param} {state}"
+                _require_same(what, got, want, algorithm.rounding)
 
 
 def graph(device: Device) -> None:
     """Replays of a captured step against eager steps, while gradients and lr change."""
-    for backend in device.backends:
-        for param, state in _FORMATS:
-            _check_graph(device, backend, param, state)
-    _check_optimizer_graph(device)
+    for name in CHECKS:
+        for backend in device.backends:
+            for param, state in _FORMATS:
+                _check_graph(device, name, backend, param, state)
+        if ALGORITHMS[name].optimizer:
+            _check_optimizer_graph(device, name)
 
 
 def _check_graph(
-    device: Device, backend: str | None, param: torch.dtype, state: torch.dtype
+    device: Device, name: str, backend: str | None, param: torch.dtype, state: torch.dtype
 ) -> None:
-    sets = [_moved(_lists(param, state), device) for _ in range(3)]
-    numbers = [_numbers(device) for _ in sets]
+    algorithm = ALGORITHMS[name]
+    sets = [_moved(algorithm.lists(param, state), device) for _ in range(3)]
+    numbers = [_numbers(algorithm, device) for _ in sets]
 
     def step(i: int) -> None:
-        fusedopt.adamw_step(*sets[i], backend=backend, **numbers[i], **_HYPER)
+        algorithm.step(sets[i], backend=backend, **numbers[i])
 
     with device.side_stream():
         step(2)  # compiles and loads what has to be
@@ -98,26 +190,30 @@ def _check_graph(
     for number in range(_STEPS):
         for i in (0, 1):
             torch._foreach_mul_(sets[i][1], -0.5)
-            numbers[i]["lr"].mul_(0.9)
-            numbers[i]["found_inf"].fill_(float(number == 2))
+            if "lr" in numbers[i]:
+                numbers[i]["lr"].mul_(0.9)
+            if "found_inf" in numbers[i]:
+                numbers[i]["found_inf"].fill_(float(number == 2))
         step(0)
         replay()
     device.synchronize()
-    what = f"graph {backend or 'cpu'} {param} {state}"
-    _require_same_bits(what, [*sets[1], [numbers[1]["step"]]], [*sets[0], [numbers[0]["step"]]])
-    if int(numbers[0]["step"]) != _STEPS - 1:
-        raise SystemExit(f"{what}: counted {int(numbers[0]['step'])} steps, not {_STEPS - 1}")
+    what = f"graph {name} {backend or 'cpu'} {param} {state}"
+    _require_same(what, sets[1], sets[0])
+    for of in numbers[:2] if "step" in algorithm.numbers else []:
+        if int(of["step"]) != _STEPS - 1:
+            raise SystemExit(f"{what}: counted {int(of['step'])} steps, not {_STEPS - 1}")
 
 
-def _check_optimizer_graph(device: Device) -> None:
-    """The same with ``optim.AdamW(capturable=True)``."""
-    sets = [_moved(_lists(torch.float32, torch.float32)[:2], device) for _ in range(2)]
+def _check_optimizer_graph(device: Device, name: str) -> None:
+    """The same with the optimizer's class, capturable."""
+    algorithm = ALGORITHMS[name]
+    sets = [_moved(algorithm.lists(torch.float32, torch.float32)[:2], device) for _ in range(2)]
     optimizers = []
     for params, grads in sets:
         for p, g in zip(params, grads, strict=True):
             p.requires_grad_().grad = g
-        capturable = device.name == "cuda"
-        optimizers.append(fusedopt.optim.AdamW(params, lr=0.01, capturable=capturable, fused=True))
+        assert algorithm.optimizer
+        optimizers.append(algorithm.optimizer(params, device.name == "cuda"))
     with device.side_stream():
         for optimizer in optimizers:
             optimizer.step()
@@ -132,4 +228,5 @@ def _check_optimizer_graph(device: Device) -> None:
     states = [
         [list(o.state[p].values()) for p in s[0]] for o, s in zip(optimizers, sets, strict=True)
     ]
-    _require_same_bits("graph optim.AdamW", [sets[1][0], *states[1]], [sets[0][0], *states[0]])
+    what = f"graph optim, {name}"
+    _require_same(what, [sets[1][0], *states[1]], [sets[0][0], *states[0]])
