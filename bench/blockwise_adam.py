@@ -128,7 +128,9 @@ class Problem:
             4 * (plain - exact).abs().max() + 8 * exact.abs() * torch.finfo(self.variant.param).eps
         )
         expected = Expected("parameters", exact, allowed)
-        return expected.complaint([torch.cat([self.params[i].detach().cpu().reshape(-1) for i in small])])
+        return expected.complaint(
+            [torch.cat([self.params[i].detach().cpu().reshape(-1) for i in small])]
+        )
 
     def _no_blocks(self, i: int) -> Any:
         from fusedopt.partitions import block_count

@@ -157,7 +157,9 @@ def check_steps(kind, shapes, dtypes, backend=None, steps=20, maximize=False, de
                 continue
             if name == "block_sqs" and want.size:
                 scale = np.abs(want)
-                got, plain = (torch.as_tensor(x.double().cpu().numpy() / scale) for x in (got, plain))
+                got, plain = (
+                    torch.as_tensor(x.double().cpu().numpy() / scale) for x in (got, plain)
+                )
                 want = np.ones_like(want)
                 bound = 2 * error(plain, want) + ulp(want, torch.float32)
             else:

@@ -45,9 +45,7 @@ def _build(device: Device, name: str, key: str) -> GpuCase:
     }
     for backend in device.backends:
         step = "fusedopt.blockwise_adam_step"
-        builders[f"{step}, {backend}" if backend else step] = partial(
-            _functional, problem, backend
-        )
+        builders[f"{step}, {backend}" if backend else step] = partial(_functional, problem, backend)
     contestants, not_run = built(builders)
     left_out = {k: v for k, v in missing.items() if not v.startswith("left out")}
     return GpuCase(

@@ -1,7 +1,7 @@
 // Scalars of Adam's family from numbers on the device: one thread for each tensor's options.
 //
-// A few hundred operations in double a thread, for the powers of beta; nothing beside an update's memory. Options travel
-// by value: of each the numbers that mostly differ, one to three words, and the rest once for neighbours.
+// A few hundred operations in double a thread, for the powers of beta; nothing beside an update's memory. Options
+// travel by value: of each the numbers that mostly differ, one to three words, and the rest once for neighbours.
 #define FUSEDOPT_TARGET cuda
 #include "cuda/adam_scalars.h"
 #include "cuda/device_number.cuh"
@@ -54,8 +54,8 @@ __device__ AdamWDeviceOptions options_at(const OptionsTable& table, int i) {
   return own;
 }
 
-__global__ void __launch_bounds__(kThreads) prepare_kernel(const OptionsTable __grid_constant__ table,
-                                                           AdamWLossScale loss_scale, PreparedScalars* prepared) {
+__global__ void __launch_bounds__(kThreads)
+    prepare_kernel(const OptionsTable __grid_constant__ table, AdamWLossScale loss_scale, PreparedScalars* prepared) {
   const int i = blockIdx.x * kThreads + threadIdx.x;
   if (i >= table.size) return;
   const AdamWDeviceOptions own = options_at(table, i);
@@ -79,9 +79,7 @@ uint64_t word_of(const DeviceNumber& number, double otherwise) {
   return word;
 }
 
-bool same(const DeviceNumber& a, const DeviceNumber& b) {
-  return a.data == b.data && (!a.data || a.dtype == b.dtype);
-}
+bool same(const DeviceNumber& a, const DeviceNumber& b) { return a.data == b.data && (!a.data || a.dtype == b.dtype); }
 bool same(const AdamWDeviceOptions& a, const AdamWDeviceOptions& b) {
   return same(a.step, b.step) && same(a.lr, b.lr) && same(a.weight_decay, b.weight_decay) && a.options == b.options &&
          a.host_step == b.host_step;
@@ -164,7 +162,8 @@ Status launch_prepare_scalars(const AdamWDeviceOptions* options, int64_t options
   const auto launch_these = [&] {
     const OptionsTable& table = packer.table();
     const dim3 grid((table.size + kThreads - 1) / kThreads);
-    if (table.size) status = status_of(launch(prepare_kernel, grid, dim3(kThreads), 0, stream, table, loss_scale, prepared));
+    if (table.size)
+      status = status_of(launch(prepare_kernel, grid, dim3(kThreads), 0, stream, table, loss_scale, prepared));
     prepared += table.size;
     packer.clear();
   };

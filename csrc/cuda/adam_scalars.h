@@ -27,8 +27,8 @@ struct PreparedScalars {  // one tensor's options, made ready on the device
 
 // Adds one to each counter and prepares the scalars of the step that it counts, unless found_inf holds anything but 0.
 // Arguments as in launch_adamw_capturable; prepared: device memory for options_size of them. One launch for every 4000
-// options, 2000 where each has its lr or weight_decay, 1300 where it has both; where options share counters, or counters
-// come in another order than theirs, one more for every 2000 counters.
+// options, 2000 where each has its lr or weight_decay, 1300 where it has both; where options share counters, or
+// counters come in another order than theirs, one more for every 2000 counters.
 Status launch_prepare_scalars(const AdamWDeviceOptions* options, int64_t options_size, const DeviceNumber* counters,
                               int64_t counters_size, const AdamWLossScale& loss_scale, PreparedScalars* prepared,
                               cudaStream_t stream);

@@ -577,7 +577,8 @@ inline Status launch_class(int row_class, Kernel* kernel, const Algorithm& algor
     if (packer.add<S>(table, *row, head, algorithm)) continue;
     if (const Status status = launch_packed(kernel, packer.rows(), stream); !status) return status;
     packer.clear();
-    if (!packer.add<S>(table, *row, head, algorithm)) return {"an array has too many elements or more than 255 dimensions"};
+    if (!packer.add<S>(table, *row, head, algorithm))
+      return {"an array has too many elements or more than 255 dimensions"};
   }
   return launch_packed(kernel, packer.rows(), stream);
 }
