@@ -1,10 +1,11 @@
 // AdamW on a GPU. Nothing here allocates or synchronises, so all of it can be captured in a CUDA graph; a graph replays
 // the arrays' addresses and whatever numbers came from the host.
 //
-// Tensors of one mix of dtypes take a launch for every 700, also where each has its lr, weight_decay or step (float32
-// arithmetic; 600 in float64, and 650 where each has its step and maxima, from the host). Tensors of other strides than
-// the one before them take room for theirs: 300 fit of two axes. Numbers on the device take one launch more, see
-// adam_scalars.h.
+// Tensors of one mix of dtypes take a launch for every 700, also where each has its lr, weight_decay or step. Fewer fit
+// - where each has its own numbers from the host in float64 (580, with maxima 520), or its own step and maxima (650),
+// - where strides, or mixes of dtypes without a kernel of their own, differ from the tensor before (170 of two axes).
+// Numbers on the device take a launch more, see adam_scalars.h: thread blocks that computed their scalars themselves
+// would keep memory waiting.
 #pragma once
 #include "common/tensor_table.h"
 #include "cuda/adam_scalars.h"

@@ -81,9 +81,18 @@ cudaError_t check(const cudaLaunchConfig_t& c, const void* kernel, bool cooperat
   return cudaSuccess;
 }
 
+#if CUDA_HOST_SANITIZE_ADDRESS
+constexpr char kSanitizer[] = "\taddress";
+#elif CUDA_HOST_SANITIZE_RACE
+constexpr char kSanitizer[] = "\trace";
+#else
+constexpr char kSanitizer[] = "";
+#endif
+
 void note(const cudaLaunchConfig_t& c, const std::string& name, bool cooperative) {
   if (kernels.insert(name).second)
-    if (const char* log = std::getenv("CUDA_HOST_KERNEL_LOG")) std::ofstream(log, std::ios::app) << name << '\n';
+    if (const char* log = std::getenv("CUDA_HOST_KERNEL_LOG"))
+      std::ofstream(log, std::ios::app) << name << kSanitizer << '\n';
   std::ostringstream line;
   const dim3 g = c.gridDim, b = c.blockDim;
   line << name << '\t' << g.x << ',' << g.y << ',' << g.z << '\t' << b.x << ',' << b.y << ',' << b.z << '\t'

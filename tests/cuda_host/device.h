@@ -2,7 +2,8 @@
 // launch: CUDA_HOST_SEED (0 and 1: threads and blocks in ascending and descending order; others
 // shuffle), CUDA_HOST_SMS (default 4), CUDA_HOST_ARCH (default 90), CUDA_HOST_DEVICES (default 1),
 // CUDA_HOST_FAIL (n: the n-th launch since they were taken has no image for the device), CUDA_HOST_KERNEL_LOG (a file
-// to which each kernel's name is appended when it first runs).
+// to which each kernel's name is appended when it first runs; in a sanitised build a tab follows, and "address" or
+// "race").
 #pragma once
 
 extern "C" {

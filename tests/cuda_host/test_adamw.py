@@ -309,9 +309,8 @@ def test_every_kernel_runs(library):
     """No instance of a kernel is left out: one row of each combination of dtypes reaches all."""
     rng = np.random.default_rng(0)
     check(library, [make_row(rng, 300, dtypes) for dtypes in COMBINATIONS])
-    check(
-        library, [make_row(rng, 3, COMBINATIONS[0])], Capturable([None], [np.zeros(1)]), lr=[0.02]
-    )
+    rows, counter = [make_row(rng, 3, COMBINATIONS[0]) for _ in range(2)], np.zeros(1)
+    check(library, rows, Capturable([None] * 2, [counter] * 2), lr=[0.02] * 2)
     path = shim.build(SOURCES, sanitize=SANITIZE)
     instances = shim.kernels_instantiated(path, KERNELS)
     assert len(instances) == 13

@@ -325,6 +325,9 @@ def test_every_kernel_can_be_accounted_for(tmp_path, monkeypatch):
     smooth(library, mode=1)
     assert instances == set(library.cuda_host_kernels().decode().splitlines())
     assert instances == set((tmp_path / "log").read_text().splitlines())
+    sanitized = shim.load(shim.build(sources, sanitize="race"))
+    round_to_bf16(sanitized)
+    assert (tmp_path / "log").read_text().splitlines()[-1].endswith("\trace")
 
 
 def test_all_kernels_of_this_folder_are_found_by_name():
