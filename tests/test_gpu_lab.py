@@ -18,6 +18,7 @@ from bench.gpu_lab.registry import BENCHMARKS, CHECKS
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = sys.executable
+STEPS = ["machine", "build", "tests", "triton tests", "graph", "memcheck", "racecheck"]
 
 
 def python(code):
@@ -33,7 +34,7 @@ def test_dry_run_goes_through_every_step(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     record = json.loads((tmp_path / "gpu_lab.json").read_text())
     assert {s["name"]: s["status"] for s in record["steps"]} == dict.fromkeys(
-        ["machine", "build", "tests", "graph", *BENCHMARKS, "memcheck", "racecheck"], "ok"
+        [*STEPS[:5], *BENCHMARKS, *STEPS[5:]], "ok"
     )
     assert record["versions"]["torch"] != "missing" and record["gpu"]["before"]["name"] == "dry run"
     assert len(record["measured"]["adamw"]["cases"]) == 18
@@ -90,8 +91,12 @@ def test_real_commands(tmp_path):
     assert sum(step.seconds for step in plan.values()) <= 8 * 60
     assert plan["build"].env["CMAKE_ARGS"].endswith("-DFUSEDOPT_CUDA_ARCHS=90")
     assert {"--no-build-isolation", "--no-index"} <= set(plan["build"].command)
-    assert " -m pytest -q tests " in " ".join(plan["tests"].command)
-    assert " -m gpu" in " ".join(plan["tests"].command)
+    for name in ("tests", "triton tests"):
+        command = " ".join(plan[name].command)
+        assert " -m pytest -q " in command and " -m gpu" in command
+        assert "--continue-on-collection-errors" in command
+    assert "tests/test_triton_blockwise_adam.py" in " ".join(plan["triton tests"].command)
+    assert "--ignore-glob=tests/test_triton_*.py" in plan["tests"].command
     for tool in ("memcheck", "racecheck"):
         assert plan[tool].command[1:3] == ["--tool", tool]
         assert "--error-exitcode" in plan[tool].command

@@ -28,6 +28,7 @@ _FIELDS = (
     "clocks.sm", "clocks.max.sm", "clocks.mem", "clocks.max.mem", "temperature.gpu",
 )  # fmt: skip
 _FAKE_GPU = "dry run, 0.0, 9.0, 0 MiB, 0 W, P0, 0 MHz, 0 MHz, 0 MHz, 0 MHz, 0"
+_TRITON = "tests/test_triton_*.py"  # each of their kernels is compiled first
 _PACKAGES = (
     "torch", "triton", "numpy", "pybind11", "cmake", "ninja", "setuptools", "pytest", "apex",
     "transformer-engine", "flashoptim", "torch-optimi",
@@ -70,9 +71,10 @@ def plan(out: Path, dry: bool, device: dict[str, str]) -> list[Step]:
 
     return [
         Step("machine", _machine_command(dry), 10, path),
-        Step("build", _build_command(dry), 110, {**path, **_build_env(device)}),
-        Step("tests", _test_command(dry), 100, path),
-        Step("graph", [*job, "graph", *rest], 30, path),
+        Step("build", _build_command(dry), 100, {**path, **_build_env(device)}),
+        Step("tests", _test_command(dry, ["tests", f"--ignore-glob={_TRITON}"]), 75, path),
+        Step("triton tests", _test_command(dry, sorted(map(str, _ROOT.glob(_TRITON)))), 60, path),
+        Step("graph", [*job, "graph", *rest], 20, path),
         *(Step(name, partial(bench, name), s, path) for name, s in BENCHMARKS.items()),
         Step("memcheck", [*_sanitizer("memcheck", dry), *job, "sanitize", *rest], 50, no_cache),
         Step("racecheck", [*_sanitizer("racecheck", dry), *job, "sanitize", *rest], 50, no_cache),
@@ -110,13 +112,15 @@ def _build_env(device: dict[str, str]) -> dict[str, str]:
     }
 
 
-def _test_command(dry: bool) -> list[str]:
-    command = [sys.executable, "-m", "pytest", "-q", "tests"]
+def _test_command(dry: bool, tests: list[str]) -> list[str]:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
     if importlib.util.find_spec("expecttest") is None:  # torch's own test inputs import it
         command.append("--ignore=tests/test_torch_optim_infos.py")
     if dry:  # the marked tests are left out where there is no GPU: collect all
-        return [*command, "--collect-only", "-p", "no:cacheprovider"]
-    return [*command, "-m", "gpu", *(["-n", "8"] if importlib.util.find_spec("xdist") else [])]
+        return [*command, "--collect-only"]
+    workers = max(2, 3 * (os.cpu_count() or 2) // 4)
+    parallel = ["-n", str(workers)] if importlib.util.find_spec("xdist") else []
+    return [*command, "--continue-on-collection-errors", "-m", "gpu", *parallel]
 
 
 def _sanitizer(tool: str, dry: bool) -> list[str]:
