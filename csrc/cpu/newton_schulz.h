@@ -1,20 +1,9 @@
 // Newton–Schulz on the CPU: launchers.
 #pragma once
-#include "common/dtype.h"
 #include "common/newton_schulz.h"
 #include "common/status.h"
 
 namespace fusedopt {
-
-// One matrix and where its result goes, row-major. They may be the same array, and must not overlap otherwise; nor may
-// the results of two matrices. Strides are elements from row to row, and from column to column.
-struct NewtonSchulzMatrix {
-  const void* in;
-  void* out;
-  int64_t rows, columns, in_stride, out_stride;
-  DType in_dtype = DType::kFloat32, out_dtype = DType::kFloat32;
-  int64_t in_column_stride = 1, out_column_stride = 1;
-};
 
 struct NewtonSchulzTask {
   const NewtonSchulzMatrix* matrix;
