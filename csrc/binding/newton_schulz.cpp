@@ -9,7 +9,9 @@
 #include <new>
 
 #include "binding/arrays.h"
+#include "binding/gpu.h"
 #include "cpu/newton_schulz.h"
+#include "cuda/newton_schulz.h"
 
 namespace fusedopt {
 namespace {
@@ -29,7 +31,7 @@ NewtonSchulzSchedule schedule_of(const Steps& steps, double gram_from, const std
   return schedule;
 }
 
-ArrayView read_matrices(ArrayReader& reader, const py::object& array, const char* prefix) {
+ArrayView read_matrices(ArrayReader& reader, const py::object& array, const char* prefix, int32_t device_type) {
   const ArgName name = {prefix, -1, ""};
   ArrayView view;
   reader.read(array.ptr(), name, &view);
@@ -38,7 +40,8 @@ ArrayView read_matrices(ArrayReader& reader, const py::object& array, const char
   if (view.complex || !is_floating(view.dtype))
     throw py::type_error(what() + ": expected float32, float64, bfloat16 or float16");
   if (view.ndim < 2) throw py::value_error(what() + ": expected at least two dimensions");
-  if (view.device.type != dlpack::kCpu) throw py::value_error(what() + ": expected an array on the CPU");
+  if (view.device.type != device_type)
+    throw py::value_error(what() + ": expected an array on " + (device_type == dlpack::kCpu ? "the CPU" : "a GPU"));
   return view;
 }
 
@@ -75,24 +78,58 @@ std::vector<NewtonSchulzMatrix> matrices_of(const ArrayView& in, const ArrayView
 class NewtonSchulzPlan {
  public:
   void run(const py::object& array, const py::object& result, const NewtonSchulzSchedule& schedule, int threads) {
-    struct Clear {
-      ArrayReader& reader;
-      ~Clear() { reader.clear(); }
-    } clear{reader_};
-    const ArrayView in = read_matrices(reader_, array, "G"), out = read_matrices(reader_, result, "result");
-    if (out.read_only || in.ndim != out.ndim || !std::equal(in.shape, in.shape + in.ndim, out.shape))
-      throw py::value_error("result is read-only, or not of G's shape");
-    const std::vector<NewtonSchulzMatrix> matrices = matrices_of(in, out);
-    const int64_t count = int64_t(matrices.size());
-    const int64_t bytes = cpu::newton_schulz_workspace_bytes(matrices.data(), count, schedule, threads);
+    const Cleared cleared{*this};
+    read(array, result, dlpack::kCpu);
+    const int64_t count = int64_t(matrices_.size());
+    const int64_t bytes = cpu::newton_schulz_workspace_bytes(matrices_.data(), count, schedule, threads);
     const std::unique_ptr<void, decltype(&free)> workspace(bytes ? aligned_alloc(64, bytes) : nullptr, &free);
     if (bytes && !workspace) throw std::bad_alloc();
     py::gil_scoped_release release;
-    cpu::launch_newton_schulz(matrices.data(), count, schedule, workspace.get(), threads);
+    cpu::launch_newton_schulz(matrices_.data(), count, schedule, workspace.get(), threads);
+  }
+
+  // (GPU, its current stream or None, bytes of workspace) of the launch that these arrays take. They are read until
+  // clear().
+  py::tuple prepare_gpu(const py::object& array, const py::object& result, const NewtonSchulzSchedule& schedule) {
+    device_ = read(array, result, dlpack::kCuda);
+    schedule_ = schedule;
+    int64_t bytes = 0;
+    if constexpr (kWithCuda)
+      bytes = cuda::newton_schulz_workspace_bytes(matrices_.data(), int64_t(matrices_.size()), schedule);
+    void* stream = nullptr;
+    if (!reader_.current_stream(array.ptr(), device_, &stream)) return py::make_tuple(device_.id, py::none(), bytes);
+    return py::make_tuple(device_.id, reinterpret_cast<uintptr_t>(stream), bytes);
+  }
+  void launch_gpu(uintptr_t stream, uintptr_t workspace) {
+    launch_on_gpu(device_.id, [&] {
+      return cuda::launch_newton_schulz(matrices_.data(), int64_t(matrices_.size()), schedule_,
+                                        reinterpret_cast<void*>(workspace), reinterpret_cast<cudaStream_t>(stream));
+    });
+  }
+  void clear() {
+    reader_.clear();
+    matrices_.clear();
   }
 
  private:
+  struct Cleared {
+    NewtonSchulzPlan& plan;
+    ~Cleared() { plan.clear(); }
+  };
+
+  dlpack::Device read(const py::object& array, const py::object& result, int32_t device_type) {
+    const ArrayView in = read_matrices(reader_, array, "G", device_type),
+                    out = read_matrices(reader_, result, "result", device_type);
+    if (out.read_only || in.ndim != out.ndim || !std::equal(in.shape, in.shape + in.ndim, out.shape))
+      throw py::value_error("result is read-only, or not of G's shape");
+    matrices_ = matrices_of(in, out);
+    return in.device;
+  }
+
   ArrayReader reader_;
+  std::vector<NewtonSchulzMatrix> matrices_;
+  NewtonSchulzSchedule schedule_;
+  dlpack::Device device_ = {};
 };
 
 }  // namespace
@@ -103,7 +140,10 @@ void bind_newton_schulz(py::module_& module) {
       .def(py::init(&schedule_of), "steps"_a, "gram_from"_a, "dtype"_a);
   py::class_<NewtonSchulzPlan>(module, "NewtonSchulzPlan")
       .def(py::init<>())
-      .def("run", &NewtonSchulzPlan::run, "G"_a, "result"_a, "schedule"_a, "threads"_a);
+      .def("run", &NewtonSchulzPlan::run, "G"_a, "result"_a, "schedule"_a, "threads"_a)
+      .def("prepare_gpu", &NewtonSchulzPlan::prepare_gpu, "G"_a, "result"_a, "schedule"_a)
+      .def("launch_gpu", &NewtonSchulzPlan::launch_gpu, "stream"_a, "workspace"_a)
+      .def("clear", &NewtonSchulzPlan::clear);
 }
 
 }  // namespace fusedopt

@@ -10,7 +10,7 @@ namespace fusedopt::cuda {
 int64_t newton_schulz_workspace_bytes(const NewtonSchulzMatrix* matrices, int64_t count,
                                       const NewtonSchulzSchedule& schedule);
 // The matrices stand in host memory and hold device addresses, each aligned to its elements' size.
-//   workspace   device memory of newton_schulz_workspace_bytes bytes, aligned to 256, untouched until the end; its
+//   workspace   device memory of newton_schulz_workspace_bytes bytes, aligned to 16, untouched until the end; its
 //               content does not matter
 Status launch_newton_schulz(const NewtonSchulzMatrix* matrices, int64_t count, const NewtonSchulzSchedule& schedule,
                             void* workspace, cudaStream_t stream);

@@ -39,7 +39,14 @@ def workspace(size: int, gpu: int, array: Any, stream: int | None) -> Any:
             "beside the arrays, which comes from torch; import torch, or pass numbers"
         )
     device = array.device if isinstance(array, torch.Tensor) else torch.device("cuda", gpu)
+    return empty((size,), torch.uint8, device, stream)
+
+
+def empty(shape: Any, dtype: Any, device: Any, stream: int | None) -> Any:
+    """A torch tensor that belongs to a stream; ``None`` is the current one."""
+    import torch
+
     if stream is None or device.type != "cuda":
-        return torch.empty(size, dtype=torch.uint8, device=device)
+        return torch.empty(shape, dtype=dtype, device=device)
     with torch.cuda.stream(torch.cuda.ExternalStream(stream, device=device)):
-        return torch.empty(size, dtype=torch.uint8, device=device)
+        return torch.empty(shape, dtype=dtype, device=device)

@@ -70,11 +70,12 @@ class Schedule(NamedTuple):
         return _C.NewtonSchulzSchedule(self.steps, self.gram_from, self.dtype)
 
 
-def cpu_arithmetic(dtype: str) -> str:
-    """What the CPU's products read and write, for matrices that are rounded to ``dtype``."""
-    if dtype == "float64" or (dtype == "bfloat16" and _C.isa() == "avx512_bf16"):
+def arithmetic(backend: str, dtype: str) -> str:
+    """The dtype of what a backend's products read and write, of inputs rounded to ``dtype``."""
+    if backend in ("cuda", "triton") or dtype == "float64":
         return dtype
-    return "float32"
+    in_bfloat16 = dtype == "bfloat16" and _C.isa() == "avx512_bf16" and backend == "cpu"
+    return dtype if in_bfloat16 else "float32"
 
 
 def make(

@@ -55,7 +55,7 @@ def build_module(sanitize: str | None = None) -> Path:
     flags += [f"-isystem{pybind11.get_include()}", f"-isystem{sysconfig.get_path('include')}"]
     binding = [*shim.CSRC.glob("binding/*.cpp"), shim.HERE / "gpu/exchange.cpp"]
     cpu = sorted(shim.CSRC.glob("cpu/*.cpp"))
-    sources: list[shim.Source] = [*sorted(shim.CSRC.glob("cuda/*.cu"))]
+    sources: list[shim.Source] = [*sorted(shim.CSRC.glob("cuda/**/*.cu"))]
     sources += [(path, ["-fvisibility=hidden"]) for path in sorted(binding)]
     sources += [(path, ["-fvisibility=hidden"]) for path in cpu if path.stem in WHOLE]
     for isa, own in ISAS.items():

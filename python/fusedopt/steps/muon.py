@@ -236,7 +236,7 @@ def _schedules(
     The precision asked for decides on the form: nothing is rounded to less than the arithmetic of
     the CPU.
     """
-    arithmetic = schedules.cpu_arithmetic(dtype or "bfloat16")
+    arithmetic = schedules.arithmetic("cpu", dtype or "bfloat16")
     narrow = schedules.make(coefficients, steps, method, dtype or "bfloat16", arithmetic)
     wide = schedules.make(coefficients, steps, method, dtype or "float64", "float64")
     return (

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from fusedopt import _C, _arrays, backends
+from fusedopt import _C, _arrays, _gpu, backends
 from fusedopt import _newton_schulz_schedule as schedules
 from fusedopt._threads import get_num_threads
 from fusedopt.references import newton_schulz as reference
@@ -70,10 +70,10 @@ def newton_schulz(
     name = backends.choose(OPERATION, backend, [G])
     _adam.check_stream(stream, name)
     rounding = own if dtype is None else backends.dtype_name(dtype)
-    arithmetic = schedules.cpu_arithmetic(rounding)
+    arithmetic = schedules.arithmetic(name, rounding)
     schedule = schedules.make(coefficients, steps, method, rounding, arithmetic, restarts)
-    result = _empty_like(G)
-    OPERATION.launchers[name](G, result, schedule)
+    result = _empty_like(G, name, stream)
+    OPERATION.launchers[name](G, result, schedule, stream)
     return _handed_back(result, G)
 
 
@@ -89,11 +89,16 @@ def _check(array: Any) -> str:
     return own
 
 
-def _empty_like(array: Any) -> Any:
+def _empty_like(array: Any, backend: str, stream: int | None) -> Any:
     """A new C-contiguous array for the result: torch's for torch, else NumPy's."""
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(array, torch.Tensor):
-        return torch.empty(array.shape, dtype=array.dtype, device=array.device)
+        return _gpu.empty(array.shape, array.dtype, array.device, stream)
+    if backend in backends.GPU:
+        raise TypeError(
+            f"G is {type(array).__module__}.{type(array).__name__} on a GPU, expected a tensor of "
+            "torch, which the result's memory comes from"
+        )
     dtype = backends.dtype_name(array.dtype)
     if isinstance(array, np.ndarray):
         return np.empty(array.shape, array.dtype)
@@ -110,17 +115,34 @@ def _handed_back(result: Any, array: Any) -> Any:
     return result
 
 
-def _launch_cpu(array: Any, result: Any, schedule: schedules.Schedule) -> None:
+def _launch_cpu(array: Any, result: Any, schedule: schedules.Schedule, _: None) -> None:
     plan = _adam.thread_plan(_C.NewtonSchulzPlan)
     plan.run(array, result, schedule.compiled(), get_num_threads())
 
 
-def _launch_reference(array: Any, result: Any, schedule: schedules.Schedule) -> None:
+def _launch_cuda(
+    array: Any, result: Any, schedule: schedules.Schedule, stream: int | None
+) -> None:
+    plan = _adam.thread_plan(_C.NewtonSchulzPlan)
+    try:
+        gpu, current, size = plan.prepare_gpu(array, result, schedule.compiled())
+        memory = _gpu.workspace(size, gpu, array, stream)
+        chosen = current if stream is None else stream
+        if chosen is None:
+            chosen = _gpu.current_stream(gpu, array)
+        plan.launch_gpu(chosen, memory.data_ptr())
+    finally:
+        plan.clear()
+
+
+def _launch_reference(array: Any, result: Any, schedule: schedules.Schedule, _: None) -> None:
     _arrays.assign(result, reference.run(_arrays.to_float64(array), schedule))
 
 
 OPERATION = backends.register(
     backends.Operation(
-        "newton_schulz", {"cpu": _launch_cpu, "reference": _launch_reference}, DTYPES
+        "newton_schulz",
+        {"cpu": _launch_cpu, "cuda": _launch_cuda, "reference": _launch_reference},
+        DTYPES,
     )
 )
