@@ -13,6 +13,7 @@
 #include <type_traits>
 
 #include "cuda/launch.cuh"
+#include "cuda/newton_schulz/vectors.cuh"
 #include "math/value.h"
 
 namespace fusedopt::cuda {
@@ -188,8 +189,7 @@ __device__ double write_row(const Square<typename Codec::Stored>& tile, const Ba
 #pragma unroll
   for (int i = 0; i < kPerThread; i += kVector)
     if (row0 + row < batch.n && column0 + column + i < batch.m)
-      *reinterpret_cast<uint4*>(x + (row0 + row) * batch.x_stride + column0 + column + i) =
-          *reinterpret_cast<const uint4*>(&tile.at[row][column + i]);
+      store_16(x + (row0 + row) * batch.x_stride + column0 + column + i, load_16(&tile.at[row][column + i]));
   return sum;
 }
 
@@ -251,8 +251,7 @@ __global__ void __launch_bounds__(kThreads)
       const int index = i * kThreads + int(threadIdx.x);
       const int row = index / (kTile / kVector), column = index % (kTile / kVector) * kVector;
       if (row0 + row < batch.n && column0 + column < batch.m)
-        *reinterpret_cast<uint4*>(&tile.at[row][column]) =
-            *reinterpret_cast<const uint4*>(x + (row0 + row) * batch.x_stride + column0 + column);
+        store_16(&tile.at[row][column], load_16(x + (row0 + row) * batch.x_stride + column0 + column));
     }
   }
   __syncthreads();

@@ -9,6 +9,7 @@
 // what is below. So the result is symmetric bit for bit, and no bit depends on the size of the tile.
 #define FUSEDOPT_TARGET cuda
 #include "cuda/newton_schulz/product.cuh"
+#include "cuda/newton_schulz/vectors.cuh"
 
 namespace fusedopt::cuda {
 namespace {
@@ -177,8 +178,8 @@ struct Tile {
       const int index = i * Form::kThreads + int(threadIdx.x);
       const int row = index / kChunksAcross, column = index % kChunksAcross * kChunkElements;
       if (first_row + row >= p.rows || first_column + column >= p.columns) continue;
-      *reinterpret_cast<uint4*>(p.out + (first_row + row) * p.out_stride + first_column + column) =
-          *reinterpret_cast<const uint4*>(shared + row * Form::kOutStride + column);
+      store_16(p.out + (first_row + row) * p.out_stride + first_column + column,
+               load_16(shared + row * Form::kOutStride + column));
     }
   }
 
