@@ -10,7 +10,7 @@ class AdamGpuRows {
   AdamGpuRows(dlpack::Device device, const TableBuilder& empty) : device(device), table(empty) { clear(); }
 
   void clear();
-  bool used() const { return !options_.empty() || !counters_.empty(); }
+  bool used() const { return first || !counters_.empty(); }
   // The index of these among the rows' options. Neighbours mostly share them.
   int32_t index_of(const cuda::AdamWDeviceOptions& options);
   void add_counter(cuda::DeviceNumber counter) { counters_.push_back(counter); }

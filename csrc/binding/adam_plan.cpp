@@ -21,6 +21,13 @@ void AdamPlan::check() {
   for (AdamGpuRows& gpu : gpus_) gpu.table.check_overlap();
 }
 
+void AdamPlan::check_beside(AdamPlan& other) {
+  builder_.check_overlap(other.builder_);
+  for (AdamGpuRows& gpu : gpus_)
+    for (const AdamGpuRows& theirs : other.gpus_)
+      if (gpu.device == theirs.device) gpu.table.check_overlap(theirs.table);
+}
+
 std::vector<int32_t> AdamPlan::gpus() const {
   std::vector<int32_t> used;
   for (const AdamGpuRows& gpu : gpus_)
@@ -68,8 +75,7 @@ std::vector<Number> AdamPlan::numbers(const py::list& values, const char* name) 
 // Tensors of the same options and step, as nearly all are, share one entry.
 int32_t AdamPlan::scalars_for(const AdamWOptions& options, int64_t step) {
   if (scalars_.empty() || step != last_step_ || !(options == last_options_)) {
-    if (inv_grad_scale_ == 0) inv_grad_scale_ = 1.0 / grad_scale_.on_host();
-    scalars_.push_back(generic::adamw_scalars(options, step, inv_grad_scale_));
+    scalars_.push_back(generic::adamw_scalars(options, step, inv_grad_scale_on_host()));
     last_options_ = options;
     last_step_ = step;
   }
@@ -171,6 +177,7 @@ void bind_adam_plan(py::module_& module) {
   py::class_<AdamPlan>(module, "AdamPlan")
       .def("begin", &AdamPlan::begin, "grad_scale"_a, "found_inf"_a, "stream"_a, "movable"_a)
       .def("check", &AdamPlan::check)
+      .def("check_beside", &AdamPlan::check_beside, "other"_a)
       .def("updated", &AdamPlan::updated)
       .def("gpus", &AdamPlan::gpus)
       .def("first_on", &AdamPlan::first_on, "gpu"_a)

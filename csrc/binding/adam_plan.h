@@ -27,6 +27,9 @@ class AdamPlan {
   // movable: whether numbers on one GPU may be copied to others.
   virtual void begin(const py::object& grad_scale, const py::object& found_inf, const py::object& stream, bool movable);
   void check();
+  // The same for two plans of one step, once each has passed on its own: that no array of one shares memory with what
+  // the other writes.
+  void check_beside(AdamPlan& other);
   int64_t rows_on_cpu() const { return builder_.table().size; }
   // The GPUs that something added lies on. Each is launched before the CPU, since a launch there may fail.
   std::vector<int32_t> gpus() const;
@@ -102,6 +105,11 @@ class AdamPlan {
                const Blocks* blocks = nullptr, int64_t shared = kOwnBlocks);
   AdamGpuRows& gpu_rows(dlpack::Device device);
   AdamGpuRows& gpu_rows(int32_t gpu) { return gpu_rows({dlpack::kCuda, gpu}); }
+  cuda::DeviceNumber on(dlpack::Device device, const Number& number) { return number.on(device, reader_); }
+  double inv_grad_scale_on_host() {  // waits for the device if the number lies there
+    if (inv_grad_scale_ == 0) inv_grad_scale_ = 1.0 / grad_scale_.on_host();
+    return inv_grad_scale_;
+  }
   cuda::AdamWLossScale loss_scale_on(dlpack::Device device) {
     return {inv_grad_scale_, grad_scale_.on(device, reader_), found_inf_.on(device, reader_)};
   }

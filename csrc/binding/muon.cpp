@@ -4,11 +4,15 @@
 
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <utility>
 
 #include "binding/adam_plan.h"
+#include "binding/gpu.h"
 #include "binding/resolver.h"
 #include "cpu/muon.h"
+#include "cuda/muon.h"
 
 namespace fusedopt {
 namespace {
@@ -38,28 +42,45 @@ MuonScale scale_of(const std::string& name) {
   return MuonScale::kNone;
 }
 
-// How one list or group is stepped, beside lr and decay.
+using Schedules = std::pair<NewtonSchulzSchedule, NewtonSchulzSchedule>;  // the second for parameters of float64
+
+bool same(const NewtonSchulzSchedule& a, const NewtonSchulzSchedule& b) {
+  return a.gram_from == b.gram_from && a.dtype == b.dtype && a.steps.size() == b.steps.size() &&
+         std::equal(a.steps.begin(), a.steps.end(), b.steps.begin(),
+                    [](const NewtonSchulzStep& x, const NewtonSchulzStep& y) {
+                      return x.a == y.a && x.b == y.b && x.c == y.c && x.restart_before == y.restart_before;
+                    });
+}
+
+// How one list or group is stepped, beside the numbers that may lie on a GPU.
 struct Rule {
-  double momentum;
   bool nesterov, sum_form, maximize, cautious;
-  std::string adjust_lr_fn;
+  MuonScale scale;
   double beta2;
   bool short_axis;
-  NewtonSchulzSchedule schedule, wide_schedule;  // the latter for parameters of float64
+  Schedules on_cpu, on_gpu;
 };
 
 Rule rule_of(const py::dict& options) {
   const auto get = [&](const char* key) { return options[key]; };
-  return {get("momentum").cast<double>(),
-          get("nesterov").cast<bool>(),
+  return {get("nesterov").cast<bool>(),
           get("sum_form").cast<bool>(),
           get("maximize").cast<bool>(),
           get("cautious_weight_decay").cast<bool>(),
-          get("adjust_lr_fn").cast<std::string>(),
+          scale_of(get("adjust_lr_fn").cast<std::string>()),
           get("beta2").cast<double>(),
           get("axis").cast<std::string>() == "short",
-          get("schedule").cast<NewtonSchulzSchedule>(),
-          get("wide_schedule").cast<NewtonSchulzSchedule>()};
+          get("cpu_schedules").cast<Schedules>(),
+          get("gpu_schedules").cast<Schedules>()};
+}
+
+struct Numbers {  // one tensor's that may lie on a GPU
+  const Number &lr, &weight_decay, &momentum;
+};
+
+bool equal(const cuda::MuonDeviceOptions& a, const cuda::MuonDeviceOptions& b) {
+  return a.options == b.options && a.lr.data == b.lr.data && a.weight_decay.data == b.weight_decay.data &&
+         a.momentum.data == b.momentum.data;
 }
 
 class MuonPlan : public AdamPlan {
@@ -73,32 +94,30 @@ class MuonPlan : public AdamPlan {
              bool movable) override {
     AdamPlan::begin(grad_scale, found_inf, stream, movable);
     pieces_of_.rewind();
-    inv_grad_scale_ = 1.0 / grad_scale.cast<double>();
-    scalars_.clear();
-    batches_.clear();
-    lists_ = 0;
+    rows_.clear();
   }
 
   void add_lists(const py::sequence& params, const py::sequence& grads, const py::sequence& momentum_buffers,
-                 const py::object& row_sqs, const py::list& partitions, const std::vector<double>& lr,
-                 const std::vector<double>& weight_decay, const py::dict& options) {
+                 const py::object& row_sqs, const py::list& partitions, const py::list& lr,
+                 const py::list& weight_decay, const py::object& momentum, const py::dict& options) {
     ArgNames& names = names_.emplace_back();
     names.roles = {{"params", ""}, {"grads", ""}, {"momentum_buffers", ""}, {"row_sqs", ""}};
     std::vector<py::sequence> lists = {params, grads, momentum_buffers};
     if (normuon_) lists.push_back(row_sqs);
     const Rule rule = rule_of(options);
+    const std::vector<Number> rates = numbers(lr, "lr"), decays = numbers(weight_decay, "weight_decay");
+    const Number mu(momentum, "momentum", false);
     walk_lists(
         names, lists, py::int_(0),
         [&](const Operand* operands, int64_t i, const Step&) {
-          add(operands, &names, i, PyList_GET_ITEM(partitions.ptr(), i), lr[lr.size() > 1 ? i : 0],
-              weight_decay[weight_decay.size() > 1 ? i : 0], rule);
+          add(operands, &names, i, PyList_GET_ITEM(partitions.ptr(), i), {of(rates, i), of(decays, i), mu}, rule);
         },
         [](const Operand*, int64_t) {});
-    ++lists_;
   }
 
   py::list add_group(int64_t group, const py::list& params, const py::dict& state, const py::list& partitions,
-                     double lr, double weight_decay, const py::dict& options) {
+                     const py::object& lr, const py::object& weight_decay, const py::object& momentum,
+                     const py::dict& options) {
     ArgNames& names = names_.emplace_back();
     const std::string prefix = "param_groups[" + std::to_string(group) + "]['params']";
     names.roles = {
@@ -110,28 +129,49 @@ class MuonPlan : public AdamPlan {
     static const std::vector<StateKey> muon = {{PyUnicode_InternFromString("momentum_buffer"), Role::kMomentum}};
     static const std::vector<StateKey> normuon = {muon[0], {PyUnicode_InternFromString("row_sq"), Role::kRowSq}};
     const Rule rule = rule_of(options);
-    py::list missing = walk_group(
+    const Numbers numbers = {numbers_.emplace_back(lr, "lr", true),
+                             numbers_.emplace_back(weight_decay, "weight_decay", true),
+                             numbers_.emplace_back(momentum, "momentum", true)};
+    return walk_group(
         names, params, state, normuon_ ? normuon : muon,
         [&](const Operand* operands, int64_t i, const Step&) {
-          add(operands, &names, i, PyList_GET_ITEM(partitions.ptr(), i), lr, weight_decay, rule);
+          add(operands, &names, i, PyList_GET_ITEM(partitions.ptr(), i), numbers, rule);
         },
         [](PyObject*, int64_t) {});
-    ++lists_;
-    return missing;
   }
 
-  int64_t workspace_bytes(int32_t) override { return 0; }
-  void launch_gpu(int32_t, uintptr_t, uintptr_t) override { throw std::runtime_error("Muon has no kernels for GPUs"); }
+  int64_t workspace_bytes(int32_t gpu) override {
+    const Rows& rows = rows_on({dlpack::kCuda, gpu});
+    const Work work = work_of(rows);
+    if (work.matrices.empty()) return 0;
+    if constexpr (kWithCuda)
+      return cuda::muon_workspace_bytes(work.matrices.data(), work.runs.data(), int64_t(work.runs.size()),
+                                        int64_t(rows.options.size()), normuon_);
+    return 0;
+  }
+  void launch_gpu(int32_t gpu, uintptr_t stream_address, uintptr_t workspace_address) override {
+    const AdamGpuRows& tensors = gpu_rows(gpu);
+    const Rows& rows = rows_on(tensors.device);
+    const Work work = work_of(rows);
+    if (work.matrices.empty()) return;
+    const auto stream = reinterpret_cast<cudaStream_t>(stream_address);
+    const auto workspace = reinterpret_cast<void*>(workspace_address);
+    tensors.check_workspace(workspace);
+    const TensorTable table = tensors.table.table();
+    const cuda::AdamWLossScale loss_scale = loss_scale_on(tensors.device);
+    launch_on_gpu(gpu, [&] {
+      return cuda::launch_muon(table, rows.options.data(), int64_t(rows.options.size()), loss_scale,
+                               work.matrices.data(), work.runs.data(), int64_t(work.runs.size()), workspace, stream);
+    });
+  }
   void launch(int threads) override {
-    std::vector<MuonMatrix> matrices;
-    std::vector<MuonRun> runs;
-    for (const Batch& batch : batches_) {
-      const int64_t begin = int64_t(matrices.size());
-      matrices.insert(matrices.end(), batch.matrices.begin(), batch.matrices.end());
-      runs.push_back({begin, int64_t(matrices.size()), batch.schedule, batch.wide});
-    }
-    const int64_t count = int64_t(runs.size()),
-                  bytes = cpu::muon_workspace_bytes(matrices.data(), runs.data(), count, threads);
+    const Rows& rows = rows_on({dlpack::kCpu, 0});
+    const Work work = work_of(rows);
+    std::vector<MuonScalars<double>> scalars;
+    for (const cuda::MuonDeviceOptions& own : rows.options)
+      scalars.push_back(generic::muon_scalars(own.options, inv_grad_scale_on_host()));
+    const int64_t count = int64_t(work.runs.size()),
+                  bytes = cpu::muon_workspace_bytes(work.matrices.data(), work.runs.data(), count, threads);
     workspace_.resize(bytes + kAlignment);
     const auto address = reinterpret_cast<uintptr_t>(workspace_.data());
     void* const aligned = workspace_.data() + (kAlignment - address % kAlignment) % kAlignment;
@@ -139,7 +179,7 @@ class MuonPlan : public AdamPlan {
     Status status;
     {
       py::gil_scoped_release release;
-      status = cpu::launch_muon(table, scalars_.data(), matrices.data(), runs.data(), count, aligned, threads);
+      status = cpu::launch_muon(table, scalars.data(), work.matrices.data(), work.runs.data(), count, aligned, threads);
     }
     if (!status) throw std::runtime_error(status.error);
   }
@@ -147,17 +187,47 @@ class MuonPlan : public AdamPlan {
  private:
   static constexpr int64_t kAlignment = 64;
 
-  struct Batch {  // matrices of one list or group and one arithmetic
-    int64_t list;
+  struct Batch {  // matrices of one schedule and one arithmetic
     bool wide;
     NewtonSchulzSchedule schedule;
     std::vector<MuonMatrix> matrices;
   };
+  struct Rows {  // of one device, all of whose CPUs are one
+    bool on_gpu;
+    int32_t gpu;
+    std::vector<cuda::MuonDeviceOptions> options;
+    std::vector<Batch> batches;
+  };
+  struct Work {
+    std::vector<MuonMatrix> matrices;
+    std::vector<MuonRun> runs;
+  };
+
+  Rows& rows_on(dlpack::Device device) {
+    const bool on_gpu = device.type == dlpack::kCuda;
+    for (Rows& rows : rows_)
+      if (rows.on_gpu == on_gpu && (!on_gpu || rows.gpu == device.id)) return rows;
+    rows_.push_back({on_gpu, device.id, {}, {}});
+    return rows_.back();
+  }
+
+  // On a GPU matrices of one shape come together, since their products do.
+  static Work work_of(const Rows& rows) {
+    Work work;
+    for (const Batch& batch : rows.batches) {
+      const int64_t begin = int64_t(work.matrices.size());
+      work.matrices.insert(work.matrices.end(), batch.matrices.begin(), batch.matrices.end());
+      if (rows.on_gpu)
+        std::stable_sort(work.matrices.begin() + begin, work.matrices.end(),
+                         [](const MuonMatrix& a, const MuonMatrix& b) {
+                           return a.rows != b.rows ? a.rows < b.rows : a.columns < b.columns;
+                         });
+      work.runs.push_back({begin, int64_t(work.matrices.size()), batch.schedule, batch.wide});
+    }
+    return work;
+  }
 
   void check_row(const Operand* operands, const ArgNames& names, int64_t index) const {
-    if (operands[0].view.device.type == dlpack::kCuda)
-      throw py::value_error(describe(names.of(0, index), operands[0].object) +
-                            ": is on a GPU, but Muon has kernels for arrays on the CPU only");
     for (int role = 0; role < roles_; ++role)
       if (operands[role].view.complex)
         throw py::type_error(describe(names.of(role, index), operands[role].object) +
@@ -172,19 +242,14 @@ class MuonPlan : public AdamPlan {
                            ": row statistics are float32");
   }
 
-  void add(const Operand* operands, const ArgNames* names, int64_t index, PyObject* partition, double lr,
-           double weight_decay, const Rule& rule) {
+  void add(const Operand* operands, const ArgNames* names, int64_t index, PyObject* partition, const Numbers& numbers,
+           const Rule& rule) {
     check_row(operands, *names, index);
-    const MuonOptions options = {lr,
-                                 weight_decay,
-                                 rule.momentum,
-                                 rule.beta2,
-                                 rule.nesterov,
-                                 rule.sum_form,
-                                 rule.maximize,
-                                 rule.cautious,
-                                 scale_of(rule.adjust_lr_fn)};
-    const int64_t row = builder_.table().size;
+    const dlpack::Device device = operands[0].view.device;
+    Rows& rows = rows_on(device);
+    TableBuilder& builder = rows.on_gpu ? gpu_rows(device).table : builder_;
+    if (rows.on_gpu && !gpu_rows(device).first) gpu_rows(device).first = operands[0].object;
+    const int64_t row = builder.table().size;
     std::vector<MuonMatrix> matrices;
     Blocks lines;
     for (const Piece& piece : pieces_of_.next(partition, operands[0].view, names->of(0, index))) {
@@ -193,32 +258,40 @@ class MuonPlan : public AdamPlan {
       const bool square = piece.rows == piece.columns;
       const bool by_column = rule.short_axis && !square ? piece.columns > piece.rows : piece.transposed;
       matrices.push_back({row, piece.offset, piece.rows, piece.columns, piece.stride, by_column,
-                          generic::muon_rate(options, double(outputs), double(inputs)), lines.count});
+                          generic::muon_scale(rule.scale, double(outputs), double(inputs)), lines.count});
       lines.count += matrices.back().lines();
     }
-    builder_.add(operands, names, index, int32_t(scalars_.size()), normuon_ ? &lines : nullptr);
-    if (builder_.table().size == row) return;  // empty
-    scalars_.push_back(generic::muon_scalars(options, inv_grad_scale_));
-    Batch& batch = batch_for(rule, operands[0].view.dtype == DType::kFloat64);
+    builder.add(operands, names, index, options_for(rows, device, numbers, rule), normuon_ ? &lines : nullptr);
+    if (builder.table().size == row) return;  // empty
+    const bool wide = operands[0].view.dtype == DType::kFloat64;
+    const Schedules& schedules = rows.on_gpu ? rule.on_gpu : rule.on_cpu;
+    Batch& batch = batch_for(rows, wide ? schedules.second : schedules.first, wide);
     batch.matrices.insert(batch.matrices.end(), matrices.begin(), matrices.end());
   }
 
-  Batch& batch_for(const Rule& rule, bool wide) {
-    for (Batch& batch : batches_)
-      if (batch.list == lists_ && batch.wide == wide) return batch;
-    Batch& batch = batches_.emplace_back();
-    batch.list = lists_;
-    batch.wide = wide;
-    batch.schedule = wide ? rule.wide_schedule : rule.schedule;
-    return batch;
+  // The index of these options among the rows'. Neighbours mostly share them.
+  int32_t options_for(Rows& rows, dlpack::Device device, const Numbers& numbers, const Rule& rule) {
+    const auto value = [&](const Number& x) { return rows.on_gpu && x.on_gpu() ? 0 : x.on_host(); };
+    const auto there = [&](const Number& x) { return rows.on_gpu ? on(device, x) : cuda::DeviceNumber{}; };
+    const cuda::MuonDeviceOptions own = {{value(numbers.lr), value(numbers.weight_decay), value(numbers.momentum),
+                                          rule.beta2, rule.nesterov, rule.sum_form, rule.maximize, rule.cautious},
+                                         there(numbers.lr),
+                                         there(numbers.weight_decay),
+                                         there(numbers.momentum)};
+    if (rows.options.empty() || !equal(rows.options.back(), own)) rows.options.push_back(own);
+    return int32_t(rows.options.size()) - 1;
+  }
+
+  static Batch& batch_for(Rows& rows, const NewtonSchulzSchedule& schedule, bool wide) {
+    for (Batch& batch : rows.batches)
+      if (batch.wide == wide && same(batch.schedule, schedule)) return batch;
+    rows.batches.push_back({wide, schedule, {}});
+    return rows.batches.back();
   }
 
   const bool normuon_;
   Resolver<std::vector<Piece>> pieces_of_;
-  double inv_grad_scale_ = 1;
-  std::vector<MuonScalars<double>> scalars_;
-  std::vector<Batch> batches_;
-  int64_t lists_ = 0;  // lists and groups added so far
+  std::vector<Rows> rows_;
   std::vector<char> workspace_;
 };
 
@@ -229,9 +302,9 @@ void bind_muon(py::module_& module) {
   py::class_<MuonPlan, AdamPlan>(module, "MuonPlan")
       .def(py::init<py::object, bool>(), "resolve"_a, "normuon"_a)
       .def("add_lists", &MuonPlan::add_lists, "params"_a, "grads"_a, "momentum_buffers"_a, "row_sqs"_a, "partitions"_a,
-           "lr"_a, "weight_decay"_a, "options"_a)
+           "lr"_a, "weight_decay"_a, "momentum"_a, "options"_a)
       .def("add_group", &MuonPlan::add_group, "group"_a, "params"_a, "state"_a, "partitions"_a, "lr"_a,
-           "weight_decay"_a, "options"_a);
+           "weight_decay"_a, "momentum"_a, "options"_a);
 }
 
 }  // namespace fusedopt

@@ -198,11 +198,25 @@ std::string TableBuilder::name_of(const Extent& extent) const {
 }
 
 void TableBuilder::check_overlap() {
-  const Overlap overlap = guard_.check(table(), writes_, counters_);
+  const TableBuilder* const builders[] = {this};
+  const TensorTable own = table();
+  throw_if_found(guard_.check({own, writes_, counters_}), builders);
+}
+
+void TableBuilder::check_overlap(const TableBuilder& other) {
+  if (rows_.empty() || other.rows_.empty()) return;
+  const TableBuilder* const builders[] = {this, &other};
+  const TensorTable own = table(), theirs = other.table();
+  throw_if_found(guard_.check_beside({own, writes_, counters_}, other.guard_, {theirs, other.writes_, other.counters_}),
+                 builders);
+}
+
+void TableBuilder::throw_if_found(const Overlap& overlap, const TableBuilder* const* builders) {
   if (!overlap.found) return;
+  const auto name = [&](const Extent& extent) { return builders[extent.table]->name_of(extent); };
   const bool second = overlap.second.written;
-  throw py::value_error(name_of(second ? overlap.second : overlap.first) + " is written, but shares memory with " +
-                        name_of(second ? overlap.first : overlap.second));
+  throw py::value_error(name(second ? overlap.second : overlap.first) + " is written, but shares memory with " +
+                        name(second ? overlap.first : overlap.second));
 }
 
 }  // namespace fusedopt

@@ -47,6 +47,8 @@ class TableBuilder {
   void add_value(const ArrayView& value, const ArgNames* names, int64_t index, int role);
   // Throws if an array that is written shares memory with another. What passed is remembered.
   void check_overlap();
+  // The same for this table and another, each of which has passed on its own.
+  void check_overlap(const TableBuilder& other);
 
   TensorTable table() const;
 
@@ -62,6 +64,7 @@ class TableBuilder {
   int64_t add_layout(const Operand* operands, const ArgNames& names, int64_t index, const Blocks* blocks,
                      std::vector<BlockRegion>* regions);
   std::string name_of(const Extent& extent) const;
+  static void throw_if_found(const Overlap& overlap, const TableBuilder* const* builders);
 
   int roles_, per_block_;
   bool row_major_;

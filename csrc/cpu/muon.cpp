@@ -13,7 +13,6 @@ namespace {
 
 using Role = MuonRole;
 constexpr int64_t kAhead = 512;  // bytes ahead of each stream to ask for
-constexpr int64_t kSumLanes = 16;
 
 // ---- the two element-wise passes, as the driver has them
 
@@ -199,7 +198,7 @@ void for_each_matrix(const MuonWave& wave, const int64_t* starts, int64_t begin,
 // Calls f(row, place in the tensor, place in the matrix, length) for the rows, or all at once where they are `joined`.
 template <typename F>
 void for_each_row(const MuonMatrix& matrix, bool joined, int64_t begin, int64_t end, F f) {
-  if (joined && matrix.stride == matrix.columns) return f(0, matrix.offset + begin, begin, end - begin);
+  if (joined && matrix.joined()) return f(0, matrix.offset + begin, begin, end - begin);
   for (int64_t at = begin; at < end;) {
     const int64_t row = at / matrix.columns, column = at % matrix.columns, left = matrix.columns - column;
     const int64_t n = left < end - at ? left : end - at;
@@ -208,16 +207,45 @@ void for_each_row(const MuonMatrix& matrix, bool joined, int64_t begin, int64_t 
   }
 }
 
-template <typename S>
-double sum_of_squares(const S* from, int64_t n) {
-  double lanes[kSumLanes] = {};
-  int64_t i = 0;
-  for (; i + kSumLanes <= n; i += kSumLanes)
-    for (int64_t lane = 0; lane < kSumLanes; ++lane) lanes[lane] += double(from[i + lane]) * double(from[i + lane]);
-  for (int64_t lane = 0; i < n; ++i, ++lane) lanes[lane] += double(from[i]) * double(from[i]);
-  for (int64_t half = kSumLanes / 2; half > 0; half /= 2)
+// The sum of lanes, by halves.
+template <int64_t kLanes>
+double add_lanes(double (&lanes)[kLanes]) {
+  for (int64_t half = kLanes / 2; half > 0; half /= 2)
     for (int64_t lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
   return lanes[0];
+}
+
+template <typename S>
+double sum_of_squares(const S* from, int64_t n) {
+  constexpr int64_t kLanes = NorMuonOrder::kRowLanes;
+  double lanes[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes)
+    for (int64_t lane = 0; lane < kLanes; ++lane) lanes[lane] += double(from[i + lane]) * double(from[i + lane]);
+  for (int64_t lane = 0; i < n; ++i, ++lane) lanes[lane] += double(from[i]) * double(from[i]);
+  return add_lanes(lanes);
+}
+
+template <typename S>
+double sum_of_row(const S* row, int64_t columns) {
+  constexpr int64_t kPiece = NorMuonOrder::kRowPiece;
+  double sum = 0;
+  for (int64_t at = 0; at < columns; at += kPiece)
+    sum += sum_of_squares(row + at, at + kPiece < columns ? kPiece : columns - at);
+  return sum;
+}
+
+// Of n columns, at most kNorMuonChunk.
+template <typename S>
+void sum_columns(const S* from, int64_t rows, int64_t columns, int64_t n, double* sums) {
+  constexpr int64_t kPiece = NorMuonOrder::kColumnPiece;
+  for (int64_t c = 0; c < n; ++c) sums[c] = 0;
+  for (int64_t row = 0; row < rows;) {
+    double piece[kNorMuonChunk] = {};
+    for (const int64_t end = row + kPiece < rows ? row + kPiece : rows; row < end; ++row)
+      for (int64_t c = 0; c < n; ++c) piece[c] += double(from[row * columns + c]) * double(from[row * columns + c]);
+    for (int64_t c = 0; c < n; ++c) sums[c] += piece[c];
+  }
 }
 
 template <typename F>  // calls f(S) with the number type of a wave's arithmetic
@@ -252,16 +280,8 @@ void sums(const MuonWave& wave, int64_t begin, int64_t end) {
     const MuonMatrix& matrix = wave.matrices[wave.first + i];
     const S* const o = values<S>(wave, i);
     double* const sums = wave.lines + wave.line_starts[i];
-    if (!matrix.by_column) {
-      for (int64_t r = from; r < stop; ++r) sums[r] = sum_of_squares(o + r * matrix.columns, matrix.columns);
-      return;
-    }
-    for (int64_t c = from; c < stop; ++c) sums[c] = 0;
-    for (int64_t r = 0; r < matrix.rows; ++r)
-      for (int64_t c = from; c < stop; ++c) {
-        const double value = o[r * matrix.columns + c];
-        sums[c] += value * value;
-      }
+    if (matrix.by_column) return sum_columns(o + from, matrix.rows, matrix.columns, stop - from, sums + from);
+    for (int64_t r = from; r < stop; ++r) sums[r] = sum_of_row(o + r * matrix.columns, matrix.columns);
   });
 }
 
@@ -274,7 +294,7 @@ void after(const MuonWave& wave, int64_t begin, int64_t end) {
     S* const o = values<S>(wave, i);
     const double* const lines = wave.lines ? wave.lines + wave.line_starts[i] : nullptr;
     for_each_row(matrix, !lines, from, stop, [&](int64_t r, int64_t at, int64_t place, int64_t n) {
-      double rate = matrix.rate;
+      double rate = wave.scalars[row.scalars].rate * matrix.scale;
       if (lines && matrix.by_column) {
         const double* const scales = lines + (place - r * matrix.columns);
         for (int64_t j = 0; j < n; ++j) o[place + j] = S(o[place + j] * scales[j]);
@@ -293,7 +313,7 @@ void muon_before(const MuonWave& wave, int64_t begin, int64_t end) {
   with_arithmetic(wave, [&](auto s) { before<decltype(s)>(wave, begin, end); });
 }
 
-// Lines [begin, end): their sums of squares.
+// Lines [begin, end), at most kNorMuonChunk: their sums of squares.
 void normuon_sums(const MuonWave& wave, int64_t begin, int64_t end) {
   with_arithmetic(wave, [&](auto s) { sums<decltype(s)>(wave, begin, end); });
 }
@@ -306,16 +326,16 @@ void normuon_scales(const MuonWave& wave, int64_t begin, int64_t end) {
     float* const row_sq = static_cast<float*>(row.data[Role::kRowSq]) + matrix.first_line;
     double* const lines = wave.lines + wave.line_starts[i];
     const double count = double(matrix.numel() / matrix.lines());
-    double before = 0, after = 0;  // squared norms
+    double before[NorMuonOrder::kLineLanes] = {}, after[NorMuonOrder::kLineLanes] = {};  // squared norms
     for (int64_t l = 0; l < matrix.lines(); ++l) {
       double v = row_sq[l];
       const double sum = lines[l], scale = normuon_row(v, sum, count, wave.scalars[row.scalars].beta2);
       row_sq[l] = float(v);
       lines[l] = scale;
-      before += sum;
-      after += sum * scale * scale;
+      before[l % NorMuonOrder::kLineLanes] += sum;
+      after[l % NorMuonOrder::kLineLanes] += sum * scale * scale;
     }
-    const double keep = sqrt(before) / (sqrt(after) + kNorMuonEps);
+    const double keep = sqrt(add_lanes(before)) / (sqrt(add_lanes(after)) + kNorMuonEps);
     for (int64_t l = 0; l < matrix.lines(); ++l) lines[l] *= keep;
   }
 }

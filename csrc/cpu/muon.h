@@ -1,29 +1,13 @@
-// Muon on the CPU: the matrices that a step works on, how they go through it in waves, and the launcher.
+// Muon on the CPU: a wave of matrices on its way through a step, and the launcher.
 #pragma once
+#include "common/muon.h"
 #include "common/status.h"
 #include "common/tensor_table.h"
-#include "cpu/newton_schulz.h"
 #include "math/muon.h"
 
 namespace fusedopt {
 
-// A matrix that is orthogonalised on its own: a tensor, or a piece of one.
-struct MuonMatrix {
-  int64_t row;                            // of the table
-  int64_t offset, rows, columns, stride;  // among the tensor's elements in row-major order; stride: between rows
-  bool by_column;                         // NorMuon's statistics belong to columns
-  double rate;                            // muon_rate
-  int64_t first_line;                     // of its statistics among the tensor's
-
-  int64_t numel() const { return rows * columns; }
-  int64_t lines() const { return by_column ? columns : rows; }
-};
-
-struct MuonRun {  // matrices that share a schedule and an arithmetic
-  int64_t begin, end;
-  NewtonSchulzSchedule schedule;
-  bool wide;  // double: for parameters of float64
-};
+constexpr int64_t kNorMuonChunk = 64;  // lines that normuon_sums takes at most at once
 
 // Matrices [first, last) on their way through a step, numbered by elements and, for NorMuon, by lines of statistics.
 struct MuonWave {

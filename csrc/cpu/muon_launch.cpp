@@ -2,43 +2,39 @@
 
 #include "cpu/isa.h"
 #include "cpu/muon.h"
+#include "cpu/newton_schulz.h"
 #include "cpu/threads.h"
 
 namespace fusedopt::cpu {
 namespace {
 
-// Matrices go through a step in waves of so many elements (or one larger matrix): what they need beside their tensors
-// is bounded, and still enough for all threads.
-constexpr int64_t kWave = 1 << 24;
+constexpr int64_t kWave = 1 << 24;  // elements: enough for all threads
 constexpr int64_t kAlignment = 64;
 
 int64_t aligned(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// Calls f(run, first, last, elements, lines) for every wave.
-template <typename F>
-void for_each_wave(const MuonMatrix* matrices, const MuonRun* runs, int64_t count, F f) {
-  for (const MuonRun* run = runs; run < runs + count; ++run)
-    for (int64_t first = run->begin, last; first < run->end; first = last) {
-      int64_t elements = 0, lines = 0;
-      for (last = first; last < run->end; ++last) {
-        if (last > first && elements + matrices[last].numel() > kWave) break;
-        elements += matrices[last].numel();
-        lines += matrices[last].lines();
-      }
-      f(*run, first, last, elements, lines);
-    }
+int64_t elements_of(const MuonMatrix* matrices, int64_t first, int64_t last) {
+  int64_t elements = 0;
+  for (int64_t i = first; i < last; ++i) elements += matrices[i].numel();
+  return elements;
+}
+int64_t lines_of(const MuonMatrix* matrices, int64_t first, int64_t last) {
+  int64_t lines = 0;
+  for (int64_t i = first; i < last; ++i) lines += matrices[i].lines();
+  return lines;
 }
 
 struct Workspace {  // bytes of its parts, in their order
   int64_t starts = 0, products = 0, lines = 0, values = 0;
 
   Workspace(const MuonMatrix* matrices, const MuonRun* runs, int64_t count) {
-    for_each_wave(matrices, runs, count, [&](const MuonRun& run, int64_t first, int64_t last, int64_t n, int64_t m) {
+    for_each_muon_wave(matrices, runs, count, kWave, [&](const MuonRun& run, int64_t first, int64_t last) {
       starts = larger(starts, aligned(2 * (last - first + 1) * sizeof(int64_t)));
       products = larger(products, aligned((last - first) * sizeof(NewtonSchulzMatrix)));
-      lines = larger(lines, aligned(m * sizeof(double)));
-      values = larger(values, aligned(n * (run.wide ? sizeof(double) : sizeof(float))));
+      lines = larger(lines, aligned(lines_of(matrices, first, last) * sizeof(double)));
+      values =
+          larger(values, aligned(elements_of(matrices, first, last) * (run.wide ? sizeof(double) : sizeof(float))));
     });
   }
   int64_t bytes() const { return starts + products + lines + values; }
@@ -63,7 +59,7 @@ void describe_products(const MuonMatrix* matrices, int64_t first, int64_t last, 
 
 void scale_rows(const MuonWave& wave, int64_t lines, int threads) {
   const CpuKernels& kernels = cpu_kernels();
-  constexpr int64_t kLines = 64;  // of a chunk
+  constexpr int64_t kLines = kNorMuonChunk;
   parallel_for((lines + kLines - 1) / kLines, threads, [&](int64_t i) {
     kernels.normuon_sums(wave, i * kLines, (i + 1) * kLines < lines ? (i + 1) * kLines : lines);
   });
@@ -75,7 +71,7 @@ void scale_rows(const MuonWave& wave, int64_t lines, int threads) {
 int64_t muon_workspace_bytes(const MuonMatrix* matrices, const MuonRun* runs, int64_t count, int threads) {
   int64_t products = 0;
   std::vector<NewtonSchulzMatrix> shapes;
-  for_each_wave(matrices, runs, count, [&](const MuonRun& run, int64_t first, int64_t last, int64_t, int64_t) {
+  for_each_muon_wave(matrices, runs, count, kWave, [&](const MuonRun& run, int64_t first, int64_t last) {
     shapes.resize(last - first);
     describe_products(matrices, first, last, run.wide, nullptr, shapes.data());
     products = larger(products, newton_schulz_workspace_bytes(shapes.data(), last - first, run.schedule, threads));
@@ -93,8 +89,9 @@ Status launch_muon(const TensorTable& table, const MuonScalars<double>* scalars,
   char* const values = lines + sizes.lines;
   const bool normuon = table.roles > MuonRole::kRowSq;
   Status status;
-  for_each_wave(matrices, runs, count, [&](const MuonRun& run, int64_t first, int64_t last, int64_t n, int64_t m) {
+  for_each_muon_wave(matrices, runs, count, kWave, [&](const MuonRun& run, int64_t first, int64_t last) {
     if (!status) return;
+    const int64_t n = elements_of(matrices, first, last);
     auto* const element_starts = reinterpret_cast<int64_t*>(starts);
     int64_t* const line_starts = element_starts + (last - first + 1);
     number(matrices, first, last, element_starts, line_starts);
@@ -106,7 +103,7 @@ Status launch_muon(const TensorTable& table, const MuonScalars<double>* scalars,
     parallel_elements(0, n, threads, [&](int64_t begin, int64_t end) { kernels.muon_before(wave, begin, end); });
     status = launch_newton_schulz(products, last - first, run.schedule, values + sizes.values, threads);
     if (!status) return;
-    if (normuon) scale_rows(wave, m, threads);
+    if (normuon) scale_rows(wave, lines_of(matrices, first, last), threads);
     parallel_elements(0, n, threads, [&](int64_t begin, int64_t end) { kernels.muon_after(wave, begin, end); });
   });
   return status;

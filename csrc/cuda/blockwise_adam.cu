@@ -14,6 +14,7 @@
 #include "cuda/blocks.cuh"
 #include "cuda/blockwise_adam.h"
 #include "cuda/device_number.cuh"
+#include "cuda/units.cuh"
 #include "math/blockwise_adam.h"
 
 namespace fusedopt::cuda {
@@ -40,13 +41,6 @@ constexpr int kKindWords = sizeof(RegionKind) / sizeof(uint64_t);
 static_assert(sizeof(RegionKind) % sizeof(uint64_t) == 0);
 
 // ---- device: a region
-
-__device__ int bytes_of(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
-
-template <typename T>
-__device__ T* address(const uint64_t* row, int word) {
-  return reinterpret_cast<T*>(row[word]);
-}
 
 struct Region {
   const uint64_t* row;
@@ -88,57 +82,12 @@ struct Region {
   }
 };
 
-// Calls f(codec) for those of which a unit is some 16 bytes, none wider than S.
-template <typename S, int kWidth, typename F>
-__device__ void with_codec(DType dtype, F f) {
-  constexpr bool kNarrow = kWidth * sizeof(uint16_t) >= kVectorBytes;
-  switch (dtype) {
-    case DType::kFloat64:
-      if constexpr (sizeof(S) == sizeof(double)) f(Float64());
-      break;
-    case DType::kBFloat16:
-      if constexpr (kNarrow) f(BFloat16());
-      break;
-    case DType::kFloat16:
-      if constexpr (kNarrow) f(Float16());
-      break;
-    default: f(Float32());
-  }
-}
-// A unit as it lies in memory, of any dtype no wider than S.
-template <typename S, int kWidth>
-using RawUnit = Raw<kWidth, sizeof(S)>;
-
-template <typename S, int kWidth>
-__device__ void load_unit(DType dtype, const char* from, RawUnit<S, kWidth>& raw) {
-  switch (bytes_of(dtype)) {
-    case 8:
-      if constexpr (sizeof(S) == sizeof(double)) raw.template load_vector<kWidth * 8>(from);
-      break;
-    case 4: raw.template load_vector<kWidth * 4>(from); break;
-    default:
-      if constexpr (kWidth * sizeof(uint16_t) >= kVectorBytes) raw.template load_vector<kWidth * 2>(from);
-  }
-}
-template <typename S, int kWidth>
-__device__ void decode_unit(DType dtype, const RawUnit<S, kWidth>& raw, S (&x)[kWidth]) {
-  with_codec<S, kWidth>(dtype, [&](auto codec) { raw.template decode<decltype(codec)>(x); });
-}
 template <typename S, int kWidth>
 __device__ void load_grads(const Region& region, const TileUnit<kWidth>& unit, S (&x)[kWidth]) {
   RawUnit<S, kWidth> raw;
   load_unit<S, kWidth>(region.kind.dtype[Role::kGrad], region.data(Role::kGrad, unit.at), raw);
   decode_unit<S, kWidth>(region.kind.dtype[Role::kGrad], raw, x);
 }
-template <typename S, int kWidth>
-__device__ void store_unit(DType dtype, char* to, const S (&x)[kWidth]) {
-  with_codec<S, kWidth>(dtype, [&](auto codec) {
-    RawUnit<S, kWidth> raw;
-    raw.template encode<decltype(codec)>(x);
-    raw.template store_vector<kWidth * sizeof(typename decltype(codec)::Stored)>(to);
-  });
-}
-
 // Units that are not whole or not aligned, and those of unusual arrays: calls f(j, places) for one element after the
 // other.
 template <int kWidth, typename F>
@@ -157,22 +106,6 @@ __device__ S load_element(const Region& region, int role, const int64_t (&at)[kE
 template <typename S>
 __device__ void store_element(const Region& region, int role, const int64_t (&at)[kElementRoles], S x) {
   store_any(region.kind.dtype[role], address<void>(region.row, role), at[role], x);
-}
-
-// A unit in shared memory, 16 bytes at a time.
-template <typename S, int kWidth>
-__device__ void write_staged(S* to, const S (&x)[kWidth]) {
-  uint4 pieces[kWidth * sizeof(S) / kVectorBytes];
-  memcpy(pieces, x, sizeof pieces);
-#pragma unroll
-  for (const uint4& piece : pieces) reinterpret_cast<uint4*>(to)[&piece - pieces] = piece;
-}
-template <typename S, int kWidth>
-__device__ void read_staged(const S* from, S (&x)[kWidth]) {
-  uint4 pieces[kWidth * sizeof(S) / kVectorBytes];
-#pragma unroll
-  for (uint4& piece : pieces) piece = reinterpret_cast<const uint4*>(from)[&piece - pieces];
-  memcpy(x, pieces, sizeof pieces);
 }
 
 // ---- device: the update
@@ -216,7 +149,7 @@ __device__ void update_whole(const Region& region, const Tile& tile, const TileU
     if (!kStaged || role != Role::kGrad) load_unit<S, kWidth>(dtype[role], region.data(role, unit.at), raw[role]);
   S rate[kWidth], x[kElementRoles][kWidth];
   rates_of_unit(tile, unit, rates, rate);
-  if (kStaged) read_staged(staged + unit.index, x[Role::kGrad]);
+  if (kStaged) read_unit(staged + unit.index, x[Role::kGrad]);
 #pragma unroll
   for (int role = 0; role < kElementRoles; ++role)
     if (!kStaged || role != Role::kGrad) decode_unit<S, kWidth>(dtype[role], raw[role], x[role]);
@@ -272,7 +205,7 @@ __device__ void stage_grads(const Region& region, const Tile& tile, S* staged) {
     load_grads(region, unit, x);
     prefetch_l2(region.data(Role::kParam, unit.at));
     prefetch_l2(region.data(Role::kExpAvg, unit.at));
-    write_staged(staged + unit.index, x);
+    write_unit(staged + unit.index, x);
   });
 }
 

@@ -25,7 +25,11 @@ enum class MuonScale { kOriginal, kMatchRmsAdamW, kSpectral, kNone };  // a(r, c
 struct MuonOptions {  // one tensor's hyperparameters, as the user gave them
   double lr, weight_decay, momentum, beta2;
   bool nesterov, sum_form, maximize, cautious;
-  MuonScale scale;
+
+  bool operator==(const MuonOptions& o) const {
+    return lr == o.lr && weight_decay == o.weight_decay && momentum == o.momentum && beta2 == o.beta2 &&
+           nesterov == o.nesterov && sum_form == o.sum_form && maximize == o.maximize && cautious == o.cautious;
+  }
 };
 
 template <typename S>
@@ -36,11 +40,20 @@ struct MuonScalars {  // the same for every coordinate of one tensor; computed i
   S decay;        // 1 - lr * weight_decay
   bool lerp_from_grad, nesterov, sum_form, cautious;
   double beta2;
+  double rate;  // -lr
 
   template <typename T>
   HOST_DEVICE MuonScalars<T> as() const {
-    return {T(lerp_weight), T(momentum), T(grad_factor), T(decay), lerp_from_grad, nesterov, sum_form, cautious, beta2};
+    return {T(lerp_weight), T(momentum), T(grad_factor), T(decay), lerp_from_grad,
+            nesterov,       sum_form,    cautious,       beta2,    rate};
   }
+};
+
+// NorMuon's sums have one order on every backend. A line of statistics is cut into pieces: of so many elements of a
+// row, added up by lanes in turn; of so many rows of a column, one after the other. The pieces are added in order.
+// Norms are added up by lanes of lines. Lanes are added by halves.
+struct NorMuonOrder {
+  enum { kRowPiece = 2048, kRowLanes = 16, kColumnPiece = 128, kLineLanes = 256 };
 };
 
 }  // namespace fusedopt
@@ -59,17 +72,18 @@ HOST_DEVICE inline MuonScalars<double> muon_scalars(const MuonOptions& o, double
           o.nesterov,
           o.sum_form,
           o.cautious,
-          o.beta2};
+          o.beta2,
+          -o.lr};
 }
 
-// -lr a(r, c) of a matrix with so many outputs and inputs.
-HOST_DEVICE inline double muon_rate(const MuonOptions& o, double outputs, double inputs) {
+// a(r, c) of a matrix with so many outputs and inputs.
+inline double muon_scale(MuonScale scale, double outputs, double inputs) {
   const double ratio = outputs / inputs, larger = ratio > 1 ? outputs : inputs;
-  switch (o.scale) {
-    case MuonScale::kOriginal: return -o.lr * sqrt(ratio > 1 ? ratio : 1.0);
-    case MuonScale::kMatchRmsAdamW: return -o.lr * 0.2 * sqrt(larger);
-    case MuonScale::kSpectral: return -o.lr * sqrt(ratio);
-    default: return -o.lr;
+  switch (scale) {
+    case MuonScale::kOriginal: return sqrt(ratio > 1 ? ratio : 1.0);
+    case MuonScale::kMatchRmsAdamW: return 0.2 * sqrt(larger);
+    case MuonScale::kSpectral: return sqrt(ratio);
+    default: return 1.0;
   }
 }
 
@@ -87,7 +101,7 @@ HOST_DEVICE FUSEDOPT_INLINE V muon_momentum(V grad, V& m, const MuonScalars<V>& 
   return k.sum_form ? fma(k.momentum, m, g) : muon_lerp(g, m, k);
 }
 
-template <typename V>  // rate: muon_rate, times NorMuon's scale of the row
+template <typename V>  // rate: -lr a(r, c), times NorMuon's scale of the row
 HOST_DEVICE FUSEDOPT_INLINE V muon_param(V p, V o, V rate, const MuonScalars<V>& k) {
   const V decayed = p * k.decay;
   return fma(rate, o, k.cautious ? where_not_negative(o * p, decayed, p) : decayed);

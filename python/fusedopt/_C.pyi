@@ -40,6 +40,7 @@ def transport_solve(
 class AdamPlan:
     def begin(self, grad_scale: Any, found_inf: Any, stream: int | None, movable: bool) -> None: ...
     def check(self) -> None: ...
+    def check_beside(self, other: AdamPlan) -> None: ...
     def updated(self) -> list[Any]: ...
     def gpus(self) -> list[int]: ...
     def first_on(self, gpu: int) -> Any: ...
@@ -145,8 +146,9 @@ class MuonPlan(AdamPlan):
         momentum_buffers: Sequence[Any],
         row_sqs: Sequence[Any] | None,
         partitions: list[Any],
-        lr: Sequence[float],
-        weight_decay: Sequence[float],
+        lr: list[Any],
+        weight_decay: list[Any],
+        momentum: Any,
         options: dict[str, Any],
     ) -> None: ...
     def add_group(
@@ -155,7 +157,8 @@ class MuonPlan(AdamPlan):
         params: list[Any],
         state: dict[Any, dict[str, Any]],
         partitions: list[Any],
-        lr: float,
-        weight_decay: float,
+        lr: Any,
+        weight_decay: Any,
+        momentum: Any,
         options: dict[str, Any],
     ) -> list[Any]: ...

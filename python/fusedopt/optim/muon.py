@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from fusedopt import _C, _options, partitions
-from fusedopt._threads import get_num_threads
 from fusedopt.optim import _partitions, _state
 from fusedopt.optim._step import FusedStep
 from fusedopt.optim.adamw import init_state as init_adamw_state
@@ -19,7 +18,7 @@ JORDAN = (3.4445, -4.7750, 2.0315)
 ALGORITHMS = ("muon", "adamw")
 # What groups of "adamw" have where neither they nor the argument ``adamw`` say otherwise.
 ADAMW: dict[str, Any] = {"lr": 3e-4, "betas": (0.9, 0.95), "eps": 1e-10, "weight_decay": 0.0}
-ADAMW_FIXED: dict[str, Any] = {"amsgrad": False, "capturable": False, "fused": None}
+ADAMW_FIXED: dict[str, Any] = {"amsgrad": False, "fused": None}
 
 
 class Muon(FusedStep, torch.optim.Optimizer):
@@ -39,8 +38,12 @@ class Muon(FusedStep, torch.optim.Optimizer):
         adjust_lr_fn: as ``torch.optim.Muon`` (None is ``"original"``), and ``"spectral"``,
             ``"rms_norm"``, ``"none"``; see ``fusedopt.muon_step``.
         ns_dtype, ns_method, momentum_form, cautious_weight_decay, maximize: as
-            ``fusedopt.muon_step``. On the CPU Newton–Schulz computes in float32, which is more
-            accurate than torch's bfloat16.
+            ``fusedopt.muon_step``. On the CPU Newton–Schulz computes in float32, on a GPU in
+            float16 unless told otherwise (in float64 for float64): either is more accurate than
+            torch's bfloat16.
+        capturable: keep the step counters of AdamW's parameters on a GPU there too, and allow
+            capture in a CUDA graph. Nothing waits for the device either way, unless there are
+            parameters on the CPU too and a number lies on a GPU.
         partition: how parameters are cut into matrices, each orthogonalised on its own: one for
             all, a mapping from parameters, or their names where ``params`` are named, or a function
             from a parameter to one. Also per group.
@@ -78,6 +81,7 @@ class Muon(FusedStep, torch.optim.Optimizer):
         momentum_form: str = "ema",
         cautious_weight_decay: bool = False,
         maximize: bool = False,
+        capturable: bool = False,
         partition: Any = "tensor",
         state_dtype: torch.dtype | None = None,
         adamw: Mapping[str, Any] | None = None,
@@ -103,6 +107,7 @@ class Muon(FusedStep, torch.optim.Optimizer):
             "momentum_form": momentum_form,
             "cautious_weight_decay": cautious_weight_decay,
             "maximize": maximize,
+            "capturable": capturable,
             "partition": partition,
             "state_dtype": state_dtype,
             "algorithm": "muon",
@@ -137,7 +142,7 @@ class Muon(FusedStep, torch.optim.Optimizer):
             raise
 
     def _add_adamw_group(self, param_group: dict[str, Any]) -> None:
-        keep = {*ADAMW, *ADAMW_FIXED, "maximize", "state_dtype", "algorithm", "initial_lr"}
+        keep = {*ADAMW, *ADAMW_FIXED, "maximize", "capturable", "state_dtype", "algorithm"}
         muon_only = set(self.defaults) - keep
         if unknown := muon_only & set(param_group):
             raise ValueError(f"a group of algorithm 'adamw' has no options {sorted(unknown)}")
@@ -198,14 +203,14 @@ class Muon(FusedStep, torch.optim.Optimizer):
         return Plans(self._normuon)
 
     def _update(self, plan: "Plans", grad_scale: Any, found_inf: Any) -> None:
-        scale, _, skip = _adam.loss_scale(grad_scale, found_inf, on_device=False)
+        scale, found_inf, skip = _adam.loss_scale(grad_scale, found_inf, on_device=True)
         _adam.param_groups_step(
             plan,
             self.param_groups,
-            begin=lambda: plan.begin(scale),
+            begin=lambda: plan.begin(scale, found_inf),
             add_group=lambda index, group: plan.add_group(self.state, index, group),
             init_state=self._init_state,
-            launch=None if skip else plan.launch,
+            launch=None if skip else lambda: plan.launch(found_inf),
         )
 
     def _init_state(self, group: dict[str, Any], params: list[Tensor]) -> None:
@@ -249,9 +254,9 @@ class Plans:
         self.muon = steps.new_plan(normuon)
         self.adamw = _C.AdamWPlan()
 
-    def begin(self, scale: float) -> None:
-        self.muon.begin(scale, None, None, False)
-        self.adamw.begin(scale, None, None, True)
+    def begin(self, scale: Any, found_inf: Any) -> None:
+        for plan in (self.muon, self.adamw):
+            plan.begin(scale, found_inf, None, True)
 
     def add_group(
         self, state: dict[Any, dict[str, Any]], index: int, group: dict[str, Any]
@@ -263,13 +268,14 @@ class Plans:
     def check(self) -> None:
         self.muon.check()
         self.adamw.check()
+        self.muon.check_beside(self.adamw)
 
     def updated(self) -> list[Any]:
         return [*self.muon.updated(), *self.adamw.updated()]
 
-    def launch(self) -> None:
-        self.muon.launch(get_num_threads())  # first: it asks for memory before it writes
-        _adam.launch(self.adamw, adamw_steps.OPERATION.name)
+    def launch(self, found_inf: Any) -> None:
+        steps.launch(self.muon, found_inf=found_inf)  # first: it asks for memory before it writes
+        _adam.launch(self.adamw, adamw_steps.OPERATION.name, found_inf=found_inf)
 
     def clear(self) -> None:
         self.muon.clear()

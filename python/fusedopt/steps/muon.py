@@ -6,7 +6,6 @@ from typing import Any
 
 from fusedopt import _C, _arrays, _options, backends, partitions
 from fusedopt import _newton_schulz_schedule as schedules
-from fusedopt._threads import get_num_threads
 from fusedopt.references import muon as reference
 from fusedopt.steps import _adam
 
@@ -24,7 +23,7 @@ def muon_step(
     *,
     lr: Any = 1e-3,
     weight_decay: Any = 0.1,
-    momentum: float = 0.95,
+    momentum: Any = 0.95,
     nesterov: bool = True,
     ns_coefficients: Any = "jordan",
     ns_steps: int = 5,
@@ -55,19 +54,21 @@ def muon_step(
             Written.
         lr, weight_decay: a number ≥ 0, a 0-d array, or one per tensor. Decay is decoupled and
             multiplied by ``lr``, unscaled, as in ``torch.optim.Muon``.
-        momentum: μ, a number ≥ 0.
+        momentum: μ, a number ≥ 0 or a 0-d array.
         ns_coefficients, ns_steps, ns_method: as ``coefficients``, ``steps`` and ``method`` of
             ``newton_schulz``.
         adjust_lr_fn: a(rows, columns): ``"original"`` or None √max(1, rows/columns),
             ``"match_rms_adamw"`` and ``"rms_norm"`` 0.2·√max(rows, columns), ``"spectral"``
             √(rows/columns), ``"none"`` 1. Rows are outputs, columns inputs, of each piece that is
             orthogonalised on its own.
-        ns_dtype: the precision that Newton–Schulz needs at least, ``"bfloat16"`` (also by ``None``,
-            as ``torch.optim.Muon`` has it), ``"float16"`` or ``"float32"``. The CPU computes in
-            float32 whatever is asked for, in float64 for float64, and rounds nothing to less; only
-            where it multiplies bfloat16 (AVX512-BF16), and that is enough, does it do so. Where
-            half precision is enough, ``ns_method="auto"`` takes the Gram form for long matrices,
-            which is faster and, in float32, far more accurate than that.
+        ns_dtype: the precision that Newton–Schulz needs at least, ``"bfloat16"``, ``"float16"`` or
+            ``"float32"``. On the CPU ``None`` is ``"bfloat16"``, as ``torch.optim.Muon`` has it,
+            but float32 is what it computes in whatever is asked for, float64 for float64, and it
+            rounds nothing to less; only where it multiplies bfloat16 (AVX512-BF16), and that is
+            enough, does it do so. On a GPU this is what the products read and write; ``None`` is
+            ``"float16"``, as fast there as bfloat16 and some 8 times as accurate, and float64 for
+            float64 parameters. Where half precision is enough, ``ns_method="auto"`` takes the Gram
+            form for long matrices, which is faster and, in float32, far more accurate than that.
         momentum_form: ``"ema"`` as above, or ``"sum"``: ``m ← μm + g``, ``u = μm + g``. The update
             is the same, the buffer is larger by ``1/(1−μ)``.
         cautious_weight_decay: decay only where ``o·p ≥ 0``.
@@ -80,6 +81,10 @@ def muon_step(
 
     A matrix with NaN or Inf in ``u`` becomes NaN, and no other does. A zero one only decays.
 
+    On a GPU nothing waits for the device: ``lr``, ``weight_decay``, ``momentum``, ``grad_scale``
+    and ``found_inf`` that are arrays on it are read there, by the kernels, and their values are not
+    checked. Every step takes memory beside the arrays there, from torch.
+
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it. Nothing is written.
         RuntimeError: the backend is not available here.
@@ -87,7 +92,9 @@ def muon_step(
     Source: Jordan 2024; ``torch.optim.Muon``.
     """
     lists = {"params": params, "grads": grads, "momentum_buffers": momentum_buffers}
+    name = backends.choose(MUON, backend, params)
     rule = options(
+        name in backends.GPU,
         momentum=momentum,
         nesterov=nesterov,
         ns_coefficients=ns_coefficients,
@@ -99,7 +106,7 @@ def muon_step(
         cautious_weight_decay=cautious_weight_decay,
         maximize=maximize,
     )
-    _step(MUON, lists, rule, lr, weight_decay, partitions, grad_scale, found_inf, stream, backend)
+    _step(MUON, name, lists, rule, lr, weight_decay, partitions, grad_scale, found_inf, stream)
 
 
 def normuon_step(
@@ -110,7 +117,7 @@ def normuon_step(
     *,
     lr: Any = 1e-3,
     weight_decay: Any = 0.1,
-    momentum: float = 0.95,
+    momentum: Any = 0.95,
     nesterov: bool = True,
     ns_coefficients: Any = "jordan",
     ns_steps: int = 5,
@@ -153,7 +160,9 @@ def normuon_step(
         "momentum_buffers": momentum_buffers,
         "row_sqs": row_sqs,
     }
+    name = backends.choose(NORMUON, backend, params)
     rule = options(
+        name in backends.GPU,
         momentum=momentum,
         nesterov=nesterov,
         ns_coefficients=ns_coefficients,
@@ -167,12 +176,11 @@ def normuon_step(
         beta2=beta2,
         axis=axis,
     )
-    _step(
-        NORMUON, lists, rule, lr, weight_decay, partitions, grad_scale, found_inf, stream, backend
-    )
+    _step(NORMUON, name, lists, rule, lr, weight_decay, partitions, grad_scale, found_inf, stream)
 
 
 def options(
+    on_device: bool = False,
     *,
     momentum: Any,
     nesterov: Any,
@@ -187,7 +195,10 @@ def options(
     beta2: Any = 0.0,
     axis: Any = "row",
 ) -> dict[str, Any]:
-    """The checked options of one call or group, as plans and references take them."""
+    """The checked options of one call or group, as plans and references take them.
+
+    With ``on_device``, a momentum on a GPU stays what it is: looking at it would wait for it.
+    """
     if adjust_lr_fn is None:
         adjust_lr_fn = "original"
     for name, value, known in (
@@ -197,9 +208,11 @@ def options(
     ):
         if value not in known:
             raise ValueError(f"{name} is {value!r}, expected one of {', '.join(known)}")
-    narrow, wide = _schedules(_hashable(ns_coefficients), ns_steps, ns_method, _dtype(ns_dtype))
+    given = (_hashable(ns_coefficients), ns_steps, ns_method, _dtype(ns_dtype))
+    if not (on_device and _options.on_gpu("momentum", momentum)):
+        momentum = _options.number("momentum", momentum, 0.0)
     return {
-        "momentum": _options.number("momentum", momentum, 0.0),
+        "momentum": momentum,
         "nesterov": bool(nesterov),
         "sum_form": momentum_form == "sum",
         "maximize": bool(maximize),
@@ -209,8 +222,8 @@ def options(
         "axis": axis,
         "ns_coefficients": ns_coefficients,
         "ns_steps": ns_steps,
-        "schedule": narrow,
-        "wide_schedule": wide,
+        "cpu_schedules": _cpu_schedules(*given),
+        "gpu_schedules": _gpu_schedules(*given),
     }
 
 
@@ -227,10 +240,11 @@ def _dtype(ns_dtype: Any) -> str | None:
     return name
 
 
+_Schedules = tuple[_C.NewtonSchulzSchedule, _C.NewtonSchulzSchedule]
+
+
 @functools.lru_cache
-def _schedules(
-    coefficients: Any, steps: int, method: str, dtype: str | None
-) -> tuple[_C.NewtonSchulzSchedule, _C.NewtonSchulzSchedule]:
+def _cpu_schedules(coefficients: Any, steps: int, method: str, dtype: str | None) -> _Schedules:
     """Of parameters up to float32, and of float64 ones.
 
     The precision asked for decides on the form: nothing is rounded to less than the arithmetic of
@@ -242,6 +256,16 @@ def _schedules(
     return (
         narrow._replace(dtype=arithmetic).compiled(),
         wide._replace(dtype="float64").compiled(),
+    )
+
+
+@functools.lru_cache
+def _gpu_schedules(coefficients: Any, steps: int, method: str, dtype: str | None) -> _Schedules:
+    """The same for products that read and write the precision asked for."""
+    narrow, wide = dtype or "float16", dtype or "float64"
+    return (
+        schedules.make(coefficients, steps, method, narrow, narrow).compiled(),
+        schedules.make(coefficients, steps, method, wide, wide).compiled(),
     )
 
 
@@ -269,6 +293,7 @@ def _new_normuon_plan() -> _C.MuonPlan:
 
 def _step(
     operation: backends.Operation,
+    name: str,
     lists: dict[str, Sequence[Any]],
     rule: dict[str, Any],
     lr: Any,
@@ -277,19 +302,18 @@ def _step(
     grad_scale: Any,
     found_inf: Any,
     stream: int | None,
-    backend: str | None,
 ) -> None:
     _options.same_length(**lists)
     params = lists["params"]
-    name = backends.choose(operation, backend, params)
+    on_device = name in backends.GPU
     _adam.check_stream(stream, name)
-    lrs = _options.number_per_tensor("lr", lr, len(params), False)
-    decays = _options.number_per_tensor("weight_decay", weight_decay, len(params), False)
+    lrs = _options.number_per_tensor("lr", lr, len(params), on_device)
+    decays = _options.number_per_tensor("weight_decay", weight_decay, len(params), on_device)
     kinds = _per_tensor(kinds, len(params))
-    scale, _, skip = _adam.loss_scale(grad_scale, found_inf, on_device=False)
+    scale, found_inf, skip = _adam.loss_scale(grad_scale, found_inf, on_device)
     plan = _adam.thread_plan(_new_normuon_plan if operation is NORMUON else _new_muon_plan)
     try:
-        plan.begin(scale, None, None, False)
+        plan.begin(scale, found_inf, stream, False)
         plan.add_lists(
             params,
             lists["grads"],
@@ -298,11 +322,13 @@ def _step(
             kinds,
             lrs,
             decays,
+            rule["momentum"],
             rule,
         )
         plan.check()
+        _adam.check_device(plan, name)
         if not skip:
-            operation.launchers[name](plan, lists, rule, lrs, decays, kinds, scale)
+            operation.launchers[name](plan, lists, stream, rule, lrs, decays, kinds, scale)
     finally:
         plan.clear()
 
@@ -311,16 +337,22 @@ def add_group(
     plan: _C.MuonPlan, state: dict[Any, dict[str, Any]], index: int, group: dict[str, Any]
 ) -> list[Any]:
     """Add a torch optimizer's group to a plan; returns its parameters that lack their state."""
-    rule = options(**{key: group[key] for key in OPTION_KEYS if key in group})
+    rule = options(True, **{key: group[key] for key in OPTION_KEYS if key in group})
     return plan.add_group(
         index,
         group["params"],
         state,
         group["partition"],
-        float(group["lr"]),
-        float(group["weight_decay"]),
+        _adam.number_or_on_device("lr", group["lr"]),
+        _adam.number_or_on_device("weight_decay", group["weight_decay"]),
+        rule["momentum"],
         rule,
     )
+
+
+def launch(plan: _C.MuonPlan, stream: int | None = None, found_inf: Any = None) -> None:
+    """Everything that the plan holds."""
+    _adam.launch(plan, MUON.name, stream=stream, found_inf=found_inf)
 
 
 OPTION_KEYS = (
@@ -329,14 +361,17 @@ OPTION_KEYS = (
 )
 
 
-def _launch_cpu(plan: _C.MuonPlan, lists: dict[str, Sequence[Any]], *_: Any) -> None:
+def _launch_kernels(
+    plan: _C.MuonPlan, lists: dict[str, Sequence[Any]], stream: int | None, *_: Any
+) -> None:
     _adam.bump_written(lists)
-    plan.launch(get_num_threads())
+    launch(plan, stream)
 
 
 def _launch_reference(
     plan: _C.MuonPlan,
     lists: dict[str, Sequence[Any]],
+    stream: int | None,
     rule: dict[str, Any],
     lrs: list[float],
     decays: list[float],
@@ -374,6 +409,6 @@ def _launch_reference(
                 _arrays.assign(array, value.reshape(tuple(array.shape)))
 
 
-LAUNCHERS = {"cpu": _launch_cpu, "reference": _launch_reference}
+LAUNCHERS = {"cpu": _launch_kernels, "cuda": _launch_kernels, "reference": _launch_reference}
 MUON = backends.register(backends.Operation("muon_step", LAUNCHERS, DTYPES))
 NORMUON = backends.register(backends.Operation("normuon_step", LAUNCHERS, DTYPES))
