@@ -30,8 +30,10 @@ def maximum(a, b):
 # Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1).
 INTERPRETED = tl.constexpr(not isinstance(maximum, triton.JITFunction))
 
+TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
+
 # Before 3.6, Triton's own rounded division and square root flush subnormal numbers to zero.
-FLUSHES = tl.constexpr(tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 6))
+FLUSHES = tl.constexpr(TRITON < (3, 6))
 
 
 @triton.jit

@@ -115,7 +115,7 @@ def _handed_back(result: Any, array: Any) -> Any:
     return result
 
 
-def _launch_cpu(array: Any, result: Any, schedule: schedules.Schedule, _: None) -> None:
+def _launch_cpu(array: Any, result: Any, schedule: schedules.Schedule, *_: Any) -> None:
     plan = _adam.thread_plan(_C.NewtonSchulzPlan)
     plan.run(array, result, schedule.compiled(), get_num_threads())
 
@@ -135,14 +135,20 @@ def _launch_cuda(
         plan.clear()
 
 
-def _launch_reference(array: Any, result: Any, schedule: schedules.Schedule, _: None) -> None:
+def _launch_triton(
+    array: Any, result: Any, schedule: schedules.Schedule, stream: int | None
+) -> None:
+    _adam.triton_room("newton_schulz").launch(array, result, schedule, stream)
+
+
+def _launch_reference(array: Any, result: Any, schedule: schedules.Schedule, *_: Any) -> None:
     _arrays.assign(result, reference.run(_arrays.to_float64(array), schedule))
 
 
-OPERATION = backends.register(
-    backends.Operation(
-        "newton_schulz",
-        {"cpu": _launch_cpu, "cuda": _launch_cuda, "reference": _launch_reference},
-        DTYPES,
-    )
-)
+LAUNCHERS = {
+    "cpu": _launch_cpu,
+    "cuda": _launch_cuda,
+    "triton": _launch_triton,
+    "reference": _launch_reference,
+}
+OPERATION = backends.register(backends.Operation("newton_schulz", LAUNCHERS, DTYPES))
