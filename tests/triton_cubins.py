@@ -10,11 +10,20 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fusedopt.triton_kernels import _adam, _numbers, _table, adamw, blockwise_adam
+from fusedopt.triton_kernels import (
+    _adam,
+    _gemm,
+    _numbers,
+    _table,
+    adamw,
+    blockwise_adam,
+    newton_schulz,
+)
 from fusedopt.triton_kernels._storage import LAUNCH_OPTIONS
 
 BUDGET = Path(__file__).parent / "data" / "triton_budget.json"
@@ -113,13 +122,101 @@ def small_kernels():
     }
 
 
+# What products multiply, and the sizes that choose their tiles.
+SIZES = {"long": (4096, 11008), "middle": (1024, 1024), "heads": (128, 7168), "small": (30, 60)}
+SYMMETRIC = [  # dtype, size, beta D, C + shift I
+    ("fp16", "long", False, False), ("fp16", "long", True, True), ("fp16", "heads", True, False),
+    ("fp16", "small", True, False), ("bf16", "long", True, True), ("fp32", "long", True, True),
+    ("fp64", "long", True, True),
+]  # fmt: skip
+WIDE = [
+    *(("fp16", size) for size in SIZES),
+    *((dtype, "long") for dtype in ("bf16", "fp32", "fp64")),
+]
+TORCH = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+LONG = "i32, 16"  # a multiple of 16
+
+
+def product_kernels():
+    """Of Newton–Schulz: {name: (kernel, signature, arch -> (constants, warps, stages))}."""
+    kernels = {}
+    for dtype, size, add, shifted in SYMMETRIC:
+        name = f"symmetric {dtype}, {size}" + (", + D" if add else "") + (", + I" if shifted else "")
+        counts = {"numbers_at": "i32", "used": "i32", "tiles": "i32", "n": LONG, "depth": LONG}
+        kernels[name] = (
+            _gemm.symmetric_kernel,
+            {"numbers": "*fp64", **dict.fromkeys("abdcq", f"*{dtype}"), **counts},
+            symmetric_launch(dtype, SIZES[size], add, shifted),
+        )
+    for dtype, size in WIDE:
+        counts = {"numbers_at": "i32", "down": "i32", "tiles": "i32", "n": LONG, "m": LONG}
+        kernels[f"wide {dtype}, {size}"] = (
+            _gemm.wide_kernel,
+            {"numbers": "*fp64", **dict.fromkeys("axy", f"*{dtype}"), **counts},
+            wide_launch(dtype, SIZES[size]),
+        )
+    return kernels
+
+
+def symmetric_launch(dtype, size, add, shifted):
+    def launch(arch):
+        tiles = _gemm.tiles_for(*size, TORCH.get(dtype, torch.float64), arch)
+        constants = {"EDGE": tiles.edge, "DEPTH": tiles.depth, "ADD": add, "SHIFTED": shifted}
+        return constants, tiles.symmetric_warps, tiles.stages
+
+    return launch
+
+
+def wide_launch(dtype, size):
+    def launch(arch):
+        t = _gemm.tiles_for(*size, TORCH.get(dtype, torch.float64), arch)
+        constants = {"EDGE": t.edge, "WIDTH": t.width, "DEPTH": t.depth, "ADD": True}
+        return constants, t.wide_warps, t.stages
+
+    return launch
+
+
+# What normalises a matrix and what writes it: dtype given or wanted, dtype of the products, order,
+# aligned, short side, square.
+BESIDE = {
+    "fp32 to fp16": (F32, F16, newton_schulz.BY_COLUMN, True, 4096, False),
+    "fp32 to bf16, tall": (F32, BF16, newton_schulz.BY_ROW, True, 4096, False),
+    "bf16, square": (BF16, BF16, newton_schulz.BY_COLUMN, True, 4096, True),
+    "fp64, strided": (F64, F64, newton_schulz.APART, False, 100, False),
+}
+
+
+def beside_kernels():
+    kernels = {}
+    tables = {"table": "*i64", "norms": "*fp64"}
+    counts = dict.fromkeys(("matrices_at", "n", "m", "across", "tiles"), "i32")
+    room = {"room_n": LONG, "room_m": LONG}
+    warps = newton_schulz.THREADS // 32
+    for name, (outer, inner, order, aligned, n, square) in BESIDE.items():
+        values = (outer, inner, order.value, aligned, *newton_schulz.tile_shape(n), square)
+        x = {"x_all": ("*fp32", "*fp64", "*u16", "*fp16")[inner]}
+        for kernel, places in (
+            (newton_schulz.stats_kernel, {"table": "*i64", "parts": "*fp64", **counts}),
+            (newton_schulz.load_kernel, {**tables, **x, **counts, **room}),
+            (newton_schulz.store_kernel, {**tables, **x, **counts, **room}),
+        ):
+            names = kernel.arg_names[len(places) :]
+            what = kernel.__name__.removesuffix("_kernel")
+            constants = dict(zip(names, values, strict=True))
+            kernels[f"{what} {name}"] = (kernel, places, constants, warps)
+    norms = {"parts": "*fp64", "norms": "*fp64", "tiles": "i32", "count": "i32"}
+    kernels["norms"] = (newton_schulz.norms_kernel, norms, {"SQUARE": True}, warps)
+    return kernels
+
+
 def all_kernels():
-    return adamw_kernels() | block_kernels() | small_kernels()
+    return adamw_kernels() | block_kernels() | small_kernels() | product_kernels() | beside_kernels()
 
 
 def source(kernel, signature, constants):
     """An ASTSource, whose spelling changed in Triton 3.3; pointers come from torch, so aligned."""
-    pointers = [i for i, kind in enumerate(signature.values()) if kind.startswith("*")]
+    pointers = [i for i, kind in enumerate(signature.values()) if kind.startswith("*") or kind == LONG]
+    signature = {name: kind.split(",")[0] for name, kind in signature.items()}
     if VERSION < (3, 3):
         from triton.backends.compiler import AttrsDescriptor
 
@@ -131,8 +228,12 @@ def source(kernel, signature, constants):
     return ASTSource(kernel, signature, constants, attrs)
 
 
-def compile_for(arch, kernel, signature, constants, warps):
+def compile_for(arch, kernel, signature, constants, warps=None, stages=None):
+    if warps is None:
+        constants, warps, stages = constants(arch)
     options = {"num_warps": warps, **LAUNCH_OPTIONS}
+    if stages is not None:
+        options["num_stages"] = stages
     target = GPUTarget("cuda", arch, 32)
     return triton.compile(source(kernel, signature, constants), target=target, options=options)
 

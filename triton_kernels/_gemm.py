@@ -35,18 +35,18 @@ class Tiles:
     width: int
     depth: int  # of what is multiplied at a time
     stages: int
+    each: int  # elements of a tile to a warp
 
     @property
     def symmetric_warps(self) -> int:
-        return _warps(self.edge * self.edge)
+        return self._warps(self.edge * self.edge)
 
     @property
     def wide_warps(self) -> int:
-        return _warps(self.edge * self.width)
+        return self._warps(self.edge * self.width)
 
-
-def _warps(elements: int) -> int:
-    return min(8, max(1, elements // 1024))
+    def _warps(self, elements: int) -> int:
+        return min(8, max(1, elements // self.each))
 
 
 ROOMY = (80, 87, 90, 100, 103, 110)  # architectures with at least 163 KB of shared memory
@@ -59,10 +59,11 @@ def tiles_for(n: int, m: int, dtype: torch.dtype, arch: int) -> Tiles:
     """
     if dtype in (torch.float32, torch.float64):
         edge, width = _edge(n, 64), _edge(m, 64)
-        return Tiles(edge, width, 16, 2)
+        return Tiles(edge, width, 16, 2, 512 if dtype == torch.float64 else 1024)
     edge = _edge(n, 128 if n >= 3 * 128 else 64)  # a lone tile would save nothing by symmetry
     wide = arch in ROOMY and edge == 128 and m >= 2048
-    return Tiles(edge, _edge(m, 256 if wide else 128), min(edge, 64), 3 if edge >= 64 else 2)
+    width, stages = _edge(m, 256 if wide else 128), 3 if edge >= 64 else 2
+    return Tiles(edge, width, min(edge, 64), stages, 1024)
 
 
 def _edge(length: int, largest: int) -> int:

@@ -37,6 +37,7 @@ from fusedopt.triton_kernels._storage import (
     bf16_to_float,
     float_to_bf16,
     load,
+    maximum,
     pointer,
     round_to_odd,
     store,
@@ -65,6 +66,7 @@ TILE = 4096  # elements of a thread block, before and after the products
 THREADS = 128
 PARTS = tl.constexpr(1024)  # of a norm, added up at a time
 TOP_EXPONENT = tl.constexpr(14)
+NO_PAIR = tl.constexpr(1 << 53)  # exact in float64
 WAVE = 1 << 27  # elements of X that go through together, or one larger matrix
 
 DTYPES = {
@@ -224,23 +226,33 @@ def stats_kernel(
     given = pointer(tl.load(row + INPUT), GIVEN, ALIGNED)
     mask = (rows < n) & (columns < m)
     at = places(row, INPUT_ROW, rows, columns, ORDER, ALIGNED)
-    x = load(given, at, mask, GIVEN, S, "")
-    x = tl.where(mask, x, 0)
+    x = tl.where(mask, load(given, at, mask, GIVEN, S, ""), 0)
     largest = largest_magnitude(x)
-    first, second = scaling(largest)
-    q = quantised(x * first.to(S) * second.to(S), DTYPE).to(tl.float64)
     part = parts + tl.program_id(0).to(tl.int64)
     count = tl.num_programs(0)
-    tl.store(part, largest)
-    tl.store(part + count, tl.sum(tl.sum(q * q, axis=1), axis=0))
     if SQUARE:
+        # By mirrored pairs, so that a matrix and its transpose have the same sum.
         mirrored = places(row, INPUT_ROW, columns, rows, ORDER, ALIGNED)
-        below = load(given, mirrored, mask, GIVEN, S, "")
-        differs = mask & (rows < columns) & (x != below)
+        below = tl.where(mask, load(given, mirrored, mask, GIVEN, S, ""), 0)
+        largest = maximum(largest, largest_magnitude(below))
+        squares = scaled_squares(x, largest, DTYPE)
+        pairs = tl.where(rows < columns, squares + scaled_squares(below, largest, DTYPE), 0)
+        squares = tl.where(rows == columns, squares, pairs)
         # The first pair in row-major order; odd if the one below is larger.
         number = (rows.to(tl.int64) * n + columns) * 2 + (x < below).to(tl.int64)
-        number = tl.where(differs, number, 9007199254740992)  # 2^53
+        number = tl.where((rows < columns) & (x != below), number, NO_PAIR)
         tl.store(part + 2 * count, tl.min(tl.min(number, axis=1), axis=0).to(tl.float64))
+    else:
+        squares = scaled_squares(x, largest, DTYPE)
+    tl.store(part, largest)
+    tl.store(part + count, tl.sum(tl.sum(squares, axis=1), axis=0))
+
+
+@triton.jit
+def scaled_squares(x, largest, DTYPE: tl.constexpr):
+    first, second = scaling(largest)
+    q = quantised(x * first.to(x.dtype) * second.to(x.dtype), DTYPE).to(tl.float64)
+    return q * q
 
 
 @triton.jit
@@ -268,7 +280,7 @@ def norms_kernel(parts, norms, tiles, count, SQUARE: tl.constexpr):
     largest = tl.max(bits, axis=0).to(tl.float64, bitcast=True)
     first, second = scaling(largest)
     total = tl.zeros([PARTS], tl.float64)
-    least = tl.full([PARTS], 9007199254740992, tl.float64)
+    least = tl.zeros([PARTS], tl.float64) + NO_PAIR
     for i in range(0, tiles, PARTS):
         mask = i + lane < tiles
         own = tl.load(first_part + i + lane, mask=mask, other=0)
@@ -278,7 +290,7 @@ def norms_kernel(parts, norms, tiles, count, SQUARE: tl.constexpr):
         ratio = (first / own_first) * (second / own_second)
         total += tl.where(own > 0, part * ratio * ratio, 0)
         if SQUARE:
-            other = tl.load(first_part + 2 * count + i + lane, mask=mask, other=9007199254740992)
+            other = tl.load(first_part + 2 * count + i + lane, mask=mask, other=NO_PAIR)
             least = tl.minimum(least, other)
     fate = tl.where(largest == 0, ZERO, tl.where(largest < float("inf"), NORMAL, LOST))
     to = norms + matrix * NORM_WORDS
@@ -288,7 +300,7 @@ def norms_kernel(parts, norms, tiles, count, SQUARE: tl.constexpr):
     tl.store(to + FATE, fate.to(tl.float64))
     if SQUARE:
         pair = tl.min(least, axis=0).to(tl.int64)
-        turn = tl.where(pair == 9007199254740992, SYMMETRIC, tl.where(pair % 2 == 1, TURNED, 0))
+        turn = tl.where(pair == NO_PAIR, SYMMETRIC, tl.where(pair % 2 == 1, TURNED, 0))
         tl.store(to + TURN, turn.to(tl.float64))
 
 

@@ -110,7 +110,8 @@ def make(
     elif any(not 0 < r < steps for r in restarts):
         raise ValueError(f"restarts is {restarts!r}, expected steps from 1 to {steps - 1}")
     from_aspect = {"standard": math.inf, "gram": 0.0}
-    gram_from = from_aspect.get(method, _GRAM_FROM if dtype in _HALF else math.inf)
+    finer = dtype in _HALF and arithmetic not in _HALF
+    gram_from = from_aspect.get(method, _GRAM_FROM if finer else math.inf)
     return Schedule(
         tuple((*triple, i in restarts) for i, triple in enumerate(triples)), gram_from, dtype
     )
