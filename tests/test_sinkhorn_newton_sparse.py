@@ -404,7 +404,8 @@ def test_gpu_backends_refuse():
 
 def test_memory_is_below_two_matrices():
     for n, m in ((500, 500), (2000, 2000), (300, 4000)):
-        assert _C.transport_workspace_bytes(n, m) <= 2 * 8 * n * m
+        assert _C.transport_workspace_bytes(n, m, False) <= 2 * 8 * n * m
+        assert _C.transport_workspace_bytes(n, m, True) <= 8 * n * m
 
 
 INSTRUCTION_SETS = """

@@ -9,6 +9,7 @@
 #include "binding/gpu.h"
 #include "binding/muon.h"
 #include "binding/newton_schulz.h"
+#include "binding/sinkhorn_knopp.h"
 #include "binding/sinkhorn_newton_sparse.h"
 #include "cpu/isa.h"
 
@@ -70,5 +71,6 @@ PYBIND11_MODULE(_C, module) {
   fusedopt::bind_blockwise_adam(module);
   fusedopt::bind_muon(module);
   fusedopt::bind_newton_schulz(module);
+  fusedopt::bind_sinkhorn_knopp(module);
   fusedopt::bind_sinkhorn_newton_sparse(module);
 }

@@ -4,7 +4,10 @@
 
 #include <pybind11/numpy.h>
 
+#include <algorithm>
 #include <atomic>
+#include <exception>
+#include <vector>
 
 #include "binding/arrays.h"
 #include "cpu/isa.h"
@@ -15,6 +18,7 @@ namespace fusedopt {
 namespace {
 
 using Doubles = py::array_t<double, py::array::c_style>;  // made by Python for the call: never converted
+using Bytes = py::array_t<uint8_t, py::array::c_style>;
 
 template <typename T>
 T* checked(py::array_t<T, py::array::c_style>& array, int64_t size, const char* name) {
@@ -55,67 +59,200 @@ struct CostView {
   }
 };
 
-int64_t workspace_bytes(int64_t n, int64_t m) { return cpu_kernels().transport_workspace_bytes(n, m); }
-
-// One tuple a problem: CostSummary in order.
-py::list inspect(const py::object& cost, Doubles a, Doubles b, int threads) {
-  ArrayReader reader;
-  const CostView view(reader, cost);
-  const double* const first_a = checked(a, view.problems * view.n, "a");
-  const double* const first_b = checked(b, view.problems * view.m, "b");
-  std::vector<CostSummary> summaries(view.problems);
-  std::vector<unsigned char> reached(view.problems * view.m);
-  {
-    py::gil_scoped_release release;
-    parallel_for(view.problems, threads, [&](int64_t i) {
-      TransportProblem problem = {};
-      view.point(&problem, i);
-      problem.a = first_a + i * view.n;
-      problem.b = first_b + i * view.m;
-      summaries[i] = cpu_kernels().transport_inspect(problem, reached.data() + i * view.m);
-    });
+// Columns that have mass, but no row that can send it there.
+void close_columns(const TransportProblem& problem, CostSummary* summary, double* reached) {
+  for (int64_t j = problem.m - 1; j >= 0; --j) {
+    if (problem.b[j] > 0 && !(reached[j] > 0)) summary->empty_column = j;
+    reached[j] = 0;  // for the next one
   }
-  py::list answer;
-  for (const CostSummary& s : summaries)
-    answer.append(py::make_tuple(s.least, s.most, s.nans, s.minus_infs, s.empty_row, s.empty_column));
-  return answer;
 }
 
-// Fills f, g (a start where `warm`), trace and facts (iterations, error, cost, mass, value, converged) of each problem.
+// Of a part of the rows into that of those before.
+void join(const CostSummary& part, CostSummary* whole) {
+  const auto first = [](int64_t* known, int64_t other) { *known = *known < 0 ? other : *known; };
+  whole->least = std::min(whole->least, part.least);
+  whole->most = std::max(whole->most, part.most);
+  first(&whole->nans, part.nans);
+  first(&whole->minus_infs, part.minus_infs);
+  first(&whole->empty_row, part.empty_row);
+}
+
+int64_t workspace_bytes(int64_t n, int64_t m, bool low_memory) {
+  return cpu_kernels().transport_workspace_bytes(n, m, low_memory);
+}
+
+// One row a problem: CostSummary in order. The rows of each problem go in parts, whose summaries are put together.
+void inspect(const py::object& cost, Doubles a, Doubles b, Doubles summaries, int threads) {
+  ArrayReader reader;
+  const CostView view(reader, cost);
+  const double* const a0 = checked(a, view.problems * view.n, "a");
+  const double* const b0 = checked(b, view.problems * view.m, "b");
+  double* const out = checked(summaries, view.problems * 6, "summaries");
+  const int64_t parts = view.problems == 1 && view.n * view.m > 65536 ? 16 : 1;
+  const int64_t group = parts > 1 ? 1 : 65536 / (view.n * view.m) + 1;  // problems to a chunk
+  const int64_t groups = (view.problems + group - 1) / group;
+  std::vector<CostSummary> found(view.problems * parts);
+  std::vector<double> reached(groups * parts * view.m);
+  py::gil_scoped_release release;
+  parallel_for(groups * parts, threads, [&](int64_t chunk) {
+    double* const columns = reached.data() + chunk * view.m;
+    const int64_t part = chunk % parts, first = chunk / parts * group;
+    for (int64_t i = first; i < first + group && i < view.problems; ++i) {
+      TransportProblem problem = {};
+      view.point(&problem, i);
+      problem.a = a0 + i * view.n;
+      problem.b = b0 + i * view.m;
+      CostSummary& summary = found[i * parts + part];
+      summary = cpu_kernels().transport_inspect(problem, part * view.n / parts, (part + 1) * view.n / parts, columns);
+      if (parts == 1) close_columns(problem, &summary, columns);
+    }
+  });
+  for (int64_t part = 1; part < parts; ++part) {
+    join(found[part], &found[0]);
+    for (int64_t j = 0; j < view.m; ++j) reached[j] += reached[part * view.m + j];
+  }
+  if (parts > 1) {
+    TransportProblem problem = {};
+    view.point(&problem, 0);
+    problem.b = b0;
+    close_columns(problem, &found[0], reached.data());
+  }
+  for (int64_t i = 0; i < view.problems; ++i) {
+    const CostSummary& s = found[i * parts];
+    const double row[] = {
+        s.least, s.most, double(s.nans), double(s.minus_infs), double(s.empty_row), double(s.empty_column)};
+    std::copy(row, row + 6, out + i * 6);
+  }
+}
+
+// Calls work(problem, lane, threads) for every problem: one after the other, or `lanes` of them side by side.
+template <typename F>
+void each_problem(int64_t count, int64_t lanes, int threads, const F& work) {
+  if (lanes == 1) {
+    for (int64_t i = 0; i < count; ++i) work(i, 0, threads);
+    return;
+  }
+  std::atomic<int64_t> next{0};
+  parallel_for(lanes, int(lanes), [&](int64_t lane) {
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) work(i, lane, 1);
+  });
+}
+
+uintptr_t aligned(Bytes& workspace, int64_t size) {
+  const auto address = reinterpret_cast<uintptr_t>(checked(workspace, size + 64, "workspace"));
+  return (address + 63) / 64 * 64;
+}
+
+// A callback in Python. What it raises ends every problem, and is raised again when all threads are back.
+class Watcher {
+ public:
+  explicit Watcher(const py::object& call) : call_(call) {}
+
+  // For one problem of the batch; lives while it is solved.
+  struct Problem {
+    Watcher* all;
+    int64_t index;
+  };
+  static bool watch(void* watcher, const TransportStep& step) {
+    const auto* const problem = static_cast<Problem*>(watcher);
+    return problem->all->ask(problem->index, step);
+  }
+  bool wanted() const { return !call_.is_none(); }
+  void rethrow() const {
+    if (error_) std::rethrow_exception(error_);
+  }
+
+ private:
+  bool ask(int64_t index, const TransportStep& s) {
+    const py::gil_scoped_acquire acquire;
+    if (error_) return false;
+    try {
+      return !call_(index, py::make_tuple(s.reg, s.newton, s.error, s.entries, s.cg_iterations, s.step)).cast<bool>();
+    } catch (...) {
+      error_ = std::current_exception();
+      return false;
+    }
+  }
+
+  const py::object& call_;
+  std::exception_ptr error_;
+};
+
+// Where a batch's arrays begin. Fills f, g (a start where `warm`), trace and facts (iterations, error, cost, mass,
+// value, converged) of each problem.
+struct Batch {
+  const CostView& view;
+  const double *a, *b, *reg;
+  double *f, *g, *trace, *facts;
+  int64_t trace_room;
+
+  void point(TransportProblem* problem, int64_t i) const {
+    view.point(problem, i);
+    problem->a = a + i * view.n;
+    problem->b = b + i * view.m;
+    problem->reg = reg[i];
+  }
+  TransportStep* lines(int64_t i) const { return reinterpret_cast<TransportStep*>(trace) + i * trace_room; }
+};
+static_assert(sizeof(TransportStep) == 6 * sizeof(double));
+
+// All problems of a few rows; those that are not converged then are left for the solver.
+void solve_tiny(const Batch& batch, double tolerance, int64_t max_iterations, int threads) {
+  const CostView& view = batch.view;
+  const TinyTransports all = {view.data, view.single,    view.problem_stride, view.row_stride, view.n,         view.m,
+                              batch.a,   batch.b,        batch.reg,           tolerance,       max_iterations, batch.f,
+                              batch.g,   batch.lines(0), batch.trace_room,    batch.facts};
+  constexpr int64_t kProblems = 256;  // of a chunk, a multiple of any pack's lanes
+  parallel_for((view.problems + kProblems - 1) / kProblems, threads, [&](int64_t chunk) {
+    const int64_t end = (chunk + 1) * kProblems;
+    cpu_kernels().transport_tiny(all, chunk * kProblems, end < view.problems ? end : view.problems);
+  });
+}
+
 // The workspace is one for each of `lanes`, which work side by side.
 void solve(const py::object& cost, Doubles a, Doubles b, Doubles reg, Doubles range, Doubles f, Doubles g,
            Doubles trace, Doubles facts, double tolerance, int64_t max_iterations, bool sinkhorn, bool warm,
-           bool single_step, py::array_t<uint8_t, py::array::c_style> workspace, int64_t lanes, int threads) {
+           bool single_step, bool low_memory, const py::object& watch, Bytes workspace, int64_t lanes, int threads) {
   ArrayReader reader;
   const CostView view(reader, cost);
-  const int64_t count = view.problems, n = view.n, m = view.m, bytes = workspace_bytes(n, m);
-  const double *const a0 = checked(a, count * n, "a"), *const b0 = checked(b, count * m, "b"),
-                      *const reg0 = checked(reg, count, "reg"), *const range0 = checked(range, count, "range");
-  double *const f0 = checked(f, count * n, "f"), *const g0 = checked(g, count * m, "g"),
-                *const facts0 = checked(facts, count * 6, "facts"),
-                *const trace0 = checked(trace, count * max_iterations * 6, "trace");
-  static_assert(sizeof(TransportStep) == 6 * sizeof(double));
-  auto address = reinterpret_cast<uintptr_t>(checked(workspace, lanes * bytes + 64, "workspace"));
-  address = (address + 63) / 64 * 64;
+  const int64_t count = view.problems, n = view.n, m = view.m, bytes = workspace_bytes(n, m, low_memory);
+  if (trace.ndim() != 3) throw py::value_error("trace has three dimensions");
+  const int64_t room = trace.shape(1);
+  const Batch batch = {view,
+                       checked(a, count * n, "a"),
+                       checked(b, count * m, "b"),
+                       checked(reg, count, "reg"),
+                       checked(f, count * n, "f"),
+                       checked(g, count * m, "g"),
+                       checked(trace, count * room * 6, "trace"),
+                       checked(facts, count * 6, "facts"),
+                       room};
+  const double* const range0 = checked(range, count, "range");
+  const uintptr_t address = aligned(workspace, lanes * bytes);
+  Watcher watcher(watch);
+  const bool tiny = n <= kTiny && m <= kTiny && !sinkhorn && !warm && !single_step && !watcher.wanted();
   const auto one = [&](int64_t i, int64_t lane, int inner_threads) {
+    double* const out = batch.facts + i * 6;
+    if (tiny && out[5] != 0) return;
     TransportProblem problem = {};
-    view.point(&problem, i);
-    problem.a = a0 + i * n;
-    problem.b = b0 + i * m;
-    problem.reg = reg0[i];
+    batch.point(&problem, i);
     problem.range = range0[i];
     problem.tolerance = tolerance;
     problem.max_iterations = max_iterations;
     problem.method = sinkhorn ? TransportMethod::kSinkhorn : TransportMethod::kNewton;
     problem.warm = warm;
     problem.single_step = single_step;
+    problem.low_memory = low_memory;
     problem.threads = inner_threads;
+    Watcher::Problem watched = {&watcher, i};
+    problem.watch = watcher.wanted() ? &Watcher::watch : nullptr;
+    problem.watcher = &watched;
     TransportResult result = {};
-    result.f = f0 + i * n;
-    result.g = g0 + i * m;
-    result.trace = reinterpret_cast<TransportStep*>(trace0 + i * max_iterations * 6);
+    result.f = batch.f + i * n;
+    result.g = batch.g + i * m;
+    result.trace = batch.lines(i);
+    result.trace_room = room;
     cpu_kernels().transport_solve(problem, &result, reinterpret_cast<void*>(address + lane * bytes));
-    double* const out = facts0 + i * 6;
     out[0] = double(result.iterations);
     out[1] = result.error;
     out[2] = result.cost;
@@ -123,28 +260,58 @@ void solve(const py::object& cost, Doubles a, Doubles b, Doubles reg, Doubles ra
     out[4] = result.value;
     out[5] = result.converged;
   };
-  py::gil_scoped_release release;
-  if (lanes == 1) {
-    for (int64_t i = 0; i < count; ++i) one(i, 0, threads);
-    return;
+  {
+    py::gil_scoped_release release;
+    if (tiny) solve_tiny(batch, tolerance, max_iterations, threads);
+    each_problem(count, lanes, threads, one);
   }
-  std::atomic<int64_t> next{0};
-  parallel_for(lanes, int(lanes), [&](int64_t lane) {
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) one(i, lane, 1);
+  watcher.rethrow();
+}
+
+// x, y and residuals of each problem's TransportAdjoint, at the plan of g.
+void solve_adjoint(const py::object& cost, Doubles a, Doubles b, Doubles reg, Doubles g, Doubles rows, Doubles columns,
+                   Doubles x, Doubles y, Doubles residuals, Bytes workspace, int64_t lanes, int threads) {
+  ArrayReader reader;
+  const CostView view(reader, cost);
+  const int64_t count = view.problems, n = view.n, m = view.m, bytes = workspace_bytes(n, m, false);
+  const Batch batch = {view,
+                       checked(a, count * n, "a"),
+                       checked(b, count * m, "b"),
+                       checked(reg, count, "reg"),
+                       nullptr,
+                       checked(g, count * m, "g"),
+                       nullptr,
+                       nullptr,
+                       0};
+  const double *const rows0 = checked(rows, count * n, "rows"), *const columns0 =
+                                                                    checked(columns, count * m, "columns");
+  double *const x0 = checked(x, count * n, "x"), *const y0 = checked(y, count * m, "y"),
+                *const residuals0 = checked(residuals, count, "residuals");
+  const uintptr_t address = aligned(workspace, lanes * bytes);
+  py::gil_scoped_release release;
+  each_problem(count, lanes, threads, [&](int64_t i, int64_t lane, int inner_threads) {
+    TransportProblem problem = {};
+    batch.point(&problem, i);
+    problem.threads = inner_threads;
+    TransportAdjoint adjoint = {rows0 + i * n, columns0 + i * m, x0 + i * n, y0 + i * m, 0};
+    cpu_kernels().transport_adjoint(problem, batch.g + i * m, &adjoint,
+                                    reinterpret_cast<void*>(address + lane * bytes));
+    residuals0[i] = adjoint.residual;
   });
 }
 
 }  // namespace
 
 void bind_sinkhorn_newton_sparse(py::module_& module) {
-  module.def("transport_workspace_bytes", &workspace_bytes, py::arg("n"), py::arg("m"));
-  module.def("transport_inspect", &inspect, py::arg("cost"), py::arg("a").noconvert(), py::arg("b").noconvert(),
-             py::arg("threads"));
-  module.def("transport_solve", &solve, py::arg("cost"), py::arg("a").noconvert(), py::arg("b").noconvert(),
-             py::arg("reg").noconvert(), py::arg("range").noconvert(), py::arg("f").noconvert(),
-             py::arg("g").noconvert(), py::arg("trace").noconvert(), py::arg("facts").noconvert(), py::arg("tolerance"),
-             py::arg("max_iterations"), py::arg("sinkhorn"), py::arg("warm"), py::arg("single_step"),
-             py::arg("workspace").noconvert(), py::arg("lanes"), py::arg("threads"));
+  using namespace py::literals;
+  const auto own = [](const char* name) { return py::arg(name).noconvert(); };
+  module.def("transport_workspace_bytes", &workspace_bytes, "n"_a, "m"_a, "low_memory"_a);
+  module.def("transport_inspect", &inspect, "cost"_a, own("a"), own("b"), own("summaries"), "threads"_a);
+  module.def("transport_solve", &solve, "cost"_a, own("a"), own("b"), own("reg"), own("range"), own("f"), own("g"),
+             own("trace"), own("facts"), "tolerance"_a, "max_iterations"_a, "sinkhorn"_a, "warm"_a, "single_step"_a,
+             "low_memory"_a, "watch"_a, own("workspace"), "lanes"_a, "threads"_a);
+  module.def("transport_adjoint", &solve_adjoint, "cost"_a, own("a"), own("b"), own("reg"), own("g"), own("rows"),
+             own("columns"), own("x"), own("y"), own("residuals"), own("workspace"), "lanes"_a, "threads"_a);
 }
 
 }  // namespace fusedopt

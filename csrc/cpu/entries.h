@@ -19,8 +19,11 @@ void muon_before(const MuonWave& wave, int64_t begin, int64_t end);
 void normuon_sums(const MuonWave& wave, int64_t begin, int64_t end);
 void normuon_scales(const MuonWave& wave, int64_t begin, int64_t end);
 void muon_after(const MuonWave& wave, int64_t begin, int64_t end);
-int64_t transport_workspace_bytes(int64_t n, int64_t m);
-CostSummary transport_inspect(const TransportProblem& problem, void* workspace);
+int64_t transport_workspace_bytes(int64_t n, int64_t m, bool low_memory);
+CostSummary transport_inspect(const TransportProblem& problem, int64_t begin, int64_t end, double* reached);
 void transport_solve(const TransportProblem& problem, TransportResult* result, void* workspace);
+void transport_tiny(const TinyTransports& all, int64_t begin, int64_t end);
+void transport_adjoint(const TransportProblem& problem, const double* g, TransportAdjoint* adjoint, void* workspace);
+void sinkhorn_knopp(const KnoppTask& task, int64_t begin, int64_t end);
 
 }  // namespace fusedopt::FUSEDOPT_TARGET

@@ -20,6 +20,9 @@ const CpuKernels kernels = {
     transport_workspace_bytes,
     transport_inspect,
     transport_solve,
+    transport_tiny,
+    transport_adjoint,
+    sinkhorn_knopp,
 };
 
 }  // namespace fusedopt::FUSEDOPT_TARGET

@@ -10,6 +10,9 @@ struct BlockSums;
 struct NewtonSchulzTask;
 struct MuonWave;
 struct CostSummary;
+struct KnoppTask;
+struct TinyTransports;
+struct TransportAdjoint;
 struct TransportProblem;
 struct TransportResult;
 
@@ -32,9 +35,17 @@ struct CpuKernels {
   void (*normuon_scales)(const MuonWave& wave, int64_t begin, int64_t end);
   void (*muon_after)(const MuonWave& wave, int64_t begin, int64_t end);
   // Entropic optimal transport (cpu/sinkhorn_newton_sparse): the workspace is of this size, aligned to 64 bytes.
-  int64_t (*transport_workspace_bytes)(int64_t n, int64_t m);
-  CostSummary (*transport_inspect)(const TransportProblem& problem, void* workspace);
+  int64_t (*transport_workspace_bytes)(int64_t n, int64_t m, bool low_memory);
+  // Rows [begin, end); `reached` (m, zeros at first) is not zero in columns that they can send mass to.
+  CostSummary (*transport_inspect)(const TransportProblem& problem, int64_t begin, int64_t end, double* reached);
   void (*transport_solve)(const TransportProblem& problem, TransportResult* result, void* workspace);
+  // Problems [begin, end) of those.
+  void (*transport_tiny)(const TinyTransports& all, int64_t begin, int64_t end);
+  // At the plan of g; the workspace is that of low_memory = false.
+  void (*transport_adjoint)(const TransportProblem& problem, const double* g, TransportAdjoint* adjoint,
+                            void* workspace);
+  // Matrices [begin, end) of a batch (cpu/sinkhorn_knopp.h).
+  void (*sinkhorn_knopp)(const KnoppTask& task, int64_t begin, int64_t end);
 };
 
 namespace avx512_bf16 {  // beside avx512's

@@ -13,10 +13,26 @@ def device_of(array: Any, name: str) -> tuple[int, int]: ...
 def isa() -> str: ...
 def available_isas() -> list[str]: ...
 def set_isa(name: str) -> None: ...
-def transport_workspace_bytes(n: int, m: int) -> int: ...
+def sinkhorn_knopp(logits: Any, up: Any, result: Any, iterations: int, threads: int) -> None: ...
+def transport_workspace_bytes(n: int, m: int, low_memory: bool) -> int: ...
 def transport_inspect(
-    cost: Any, a: NDArray[Any], b: NDArray[Any], threads: int
-) -> list[tuple[float, float, int, int, int, int]]: ...
+    cost: Any, a: NDArray[Any], b: NDArray[Any], summaries: NDArray[Any], threads: int
+) -> None: ...
+def transport_adjoint(
+    cost: Any,
+    a: NDArray[Any],
+    b: NDArray[Any],
+    reg: NDArray[Any],
+    g: NDArray[Any],
+    rows: NDArray[Any],
+    columns: NDArray[Any],
+    x: NDArray[Any],
+    y: NDArray[Any],
+    residuals: NDArray[Any],
+    workspace: NDArray[Any],
+    lanes: int,
+    threads: int,
+) -> None: ...
 def transport_solve(
     cost: Any,
     a: NDArray[Any],
@@ -32,6 +48,8 @@ def transport_solve(
     sinkhorn: bool,
     warm: bool,
     single_step: bool,
+    low_memory: bool,
+    watch: Callable[[int, tuple[float, ...]], bool] | None,
     workspace: NDArray[Any],
     lanes: int,
     threads: int,

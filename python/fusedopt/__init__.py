@@ -9,7 +9,7 @@ import importlib.metadata
 import os
 from typing import Any
 
-from fusedopt import _C, partitions, reference
+from fusedopt import _C, ot, partitions, reference
 from fusedopt._env import env
 from fusedopt._threads import get_num_threads, set_num_threads
 from fusedopt.backends import supports
@@ -17,6 +17,7 @@ from fusedopt.steps.adamw import adamw_step
 from fusedopt.steps.blockwise_adam import blockwise_adam_step
 from fusedopt.steps.muon import muon_step, normuon_step
 from fusedopt.steps.newton_schulz import newton_schulz
+from fusedopt.steps.sinkhorn_knopp import sinkhorn_knopp
 from fusedopt.steps.sinkhorn_newton_sparse import (
     sinkhorn_newton_sparse,
     sinkhorn_step,
@@ -32,10 +33,12 @@ __all__ = [
     "newton_schulz",
     "normuon_step",
     "optim",
+    "ot",
     "param_groups_for",
     "partitions",
     "reference",
     "set_num_threads",
+    "sinkhorn_knopp",
     "sinkhorn_newton_sparse",
     "sinkhorn_step",
     "sns_newton_step",

@@ -19,8 +19,7 @@ struct Solution {
 
 Solution solve(const CpuKernels& kernels, const std::vector<double>& cost, int64_t n, int64_t m, double reg) {
   const std::vector<double> a(n, 1.0 / n), b(m, 1.0 / m);
-  std::vector<char> memory(kernels.transport_workspace_bytes(n, m) + 64);
-  std::vector<TransportStep> trace(500);
+  std::vector<char> memory(kernels.transport_workspace_bytes(n, m, false) + 64);
   Solution solution = {std::vector<double>(n), std::vector<double>(m), {}};
   void* const workspace = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64);
   TransportProblem problem = {};
@@ -34,11 +33,11 @@ Solution solve(const CpuKernels& kernels, const std::vector<double>& cost, int64
   problem.tolerance = 1e-12;
   problem.max_iterations = 500;
   problem.threads = 1;
-  const CostSummary summary = kernels.transport_inspect(problem, workspace);
+  std::vector<double> reached(m);
+  const CostSummary summary = kernels.transport_inspect(problem, 0, n, reached.data());
   problem.range = summary.most - summary.least;
   solution.result.f = solution.f.data();
   solution.result.g = solution.g.data();
-  solution.result.trace = trace.data();
   kernels.transport_solve(problem, &solution.result, workspace);
   return solution;
 }

@@ -47,8 +47,8 @@ class ApproximateFactor {
   template <typename F>
   void each_edge(const F& visit) const {
     for (int64_t i = 0; i < p_.n; ++i) {
-      const double* const blocks = w_.blocks + i * w_.mp;
-      const int32_t* const columns = w_.block_column + i * (w_.mp / kLanes);
+      const double* const blocks = w_.row_blocks(i);
+      const int32_t* const columns = w_.row_columns(i);
       for (int32_t k = 0; k < w_.block_count[i]; ++k)
         for (int lane = 0; lane < kLanes; ++lane) {
           const double weight = blocks[k * kLanes + lane];
@@ -78,7 +78,7 @@ class ApproximateFactor {
       const double least = 1e-15 * (v < p_.n ? p_.a[v] : columns[v - p_.n]);  // below is what rounding left
       if (w_.ground[v] < least) w_.ground[v] = least;
     }
-    return edges_ <= max_edges(p_.n, p_.m);
+    return edges_ <= w_.edge_room;
   }
 
   // Again and again a node with fewest neighbours left (a tree from its leaves), by buckets of degrees.
@@ -162,7 +162,7 @@ class ApproximateFactor {
   }
 
   bool eliminate() {
-    const int64_t room = max_factor(p_.n, p_.m);
+    const int64_t room = w_.factor_room;
     uint64_t seed = 1;
     for (int64_t v = 0; v < nodes_; ++v) w_.mark[v] = -1;
     int64_t filled = 0;

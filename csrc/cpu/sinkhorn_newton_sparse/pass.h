@@ -12,6 +12,9 @@ using D = Pack<double>;
 constexpr int kLanes = D::kLanes;
 constexpr int kGroup = 2 * kLanes;
 
+FUSEDOPT_INLINE double smaller(double a, double b) { return a < b ? a : b; }
+FUSEDOPT_INLINE double larger(double a, double b) { return a > b ? a : b; }
+
 struct PassOptions {
   double reg;
   double keep;   // keep entries from this share of their row's or column's mass on; 0: keep none
@@ -65,6 +68,22 @@ class Pass {
  public:
   Pass(const TransportProblem& problem, const Workspace& work) : p_(problem), w_(work) {}
 
+  // Marginals and their logarithms into the workspace, and g (zeros where there is none), padded; returns the mass.
+  double load_problem(const double* g) const {
+    double mass = 0;
+    for (int64_t i = 0; i < p_.n; ++i) {
+      mass += p_.a[i];
+      w_.log_a[i] = log(p_.a[i]);
+      w_.f[i] = 0;
+    }
+    for (int64_t j = 0; j < w_.mp; ++j) {
+      w_.b[j] = j < p_.m ? p_.b[j] : 0;
+      w_.log_b[j] = log(w_.b[j]);
+      w_.g[j] = w_.b[j] > 0 ? (g ? g[j] : 0) : -__builtin_inf();
+    }
+    return mass;
+  }
+
   // f, w.columns, and the blocks if asked for, at w.g.
   void run(const PassOptions& options) const {
     parallel_for(w_.chunks, p_.threads,
@@ -100,8 +119,6 @@ class Pass {
     }
     return most;
   }
-
-  int64_t blocks_of(int64_t row) const { return row * (w_.mp / kLanes); }
 
  private:
   int64_t first_row(int64_t chunk) const { return chunk * p_.n / w_.chunks; }
@@ -149,20 +166,30 @@ class Pass {
     }
   }
 
-  FUSEDOPT_INLINE void keep_row(int64_t i, const double* entries, const int32_t* live, int64_t count, double scale,
+  // A row that has more than there is room for (with low_memory) keeps its larger entries.
+  void keep_row(int64_t i, const double* entries, const int32_t* live, int64_t count, double scale, double keep) const {
+    for (int tries = 0; tries < kMostTries; ++tries, keep *= 10)
+      if (fill_row(i, entries, live, count, scale, keep)) return;
+    w_.block_count[i] = 0;
+  }
+  static constexpr int kMostTries = 20;
+
+  FUSEDOPT_INLINE bool fill_row(int64_t i, const double* entries, const int32_t* live, int64_t count, double scale,
                                 double keep) const {
     const D factor(scale), row_least(keep * p_.a[i]), share(keep);
-    double* const blocks = w_.blocks + i * w_.mp;
-    int32_t* const columns = w_.block_column + blocks_of(i);
-    int32_t kept = 0;
+    double* const blocks = w_.row_blocks(i);
+    int32_t* const columns = w_.row_columns(i);
+    int64_t kept = 0;
     for (int64_t k = 0; k < count; ++k)
       for (int64_t j = live[k]; j < live[k] + kGroup; j += kLanes) {
         const D entry = factor * load(entries + j);
         if (!any_at_least(entry, smaller(row_least, share * load(w_.b + j)))) continue;
+        if (kept == w_.row_room) return false;
         store(blocks + kept * kLanes, entry);
         columns[kept++] = int32_t(j);
       }
-    w_.block_count[i] = kept;
+    w_.block_count[i] = int32_t(kept);
+    return true;
   }
 
   template <typename T>

@@ -8,7 +8,11 @@ namespace fusedopt::FUSEDOPT_TARGET {
 class TransportSolver {
  public:
   TransportSolver(const TransportProblem& problem, TransportResult* result, void* memory)
-      : p_(problem), r_(*result), w_(memory, problem.n, problem.m), pass_(p_, w_), system_(p_, w_) {}
+      : p_(problem),
+        r_(*result),
+        w_(memory, problem.n, problem.m, problem.low_memory),
+        pass_(p_, w_),
+        system_(p_, w_) {}
 
   void solve() {
     start();
@@ -34,21 +38,11 @@ class TransportSolver {
     return stage;
   }
 
-  bool exhausted() const { return r_.iterations >= p_.max_iterations; }
+  bool exhausted() const { return stopped_ || r_.iterations >= p_.max_iterations; }
 
   void start() {
     r_.iterations = 0;
-    mass_ = 0;
-    for (int64_t i = 0; i < p_.n; ++i) {
-      mass_ += p_.a[i];
-      w_.log_a[i] = log(p_.a[i]);
-      w_.f[i] = 0;
-    }
-    for (int64_t j = 0; j < w_.mp; ++j) {
-      w_.b[j] = j < p_.m ? p_.b[j] : 0;
-      w_.log_b[j] = log(w_.b[j]);
-      w_.g[j] = w_.b[j] > 0 ? (p_.warm ? r_.g[j] : 0) : -__builtin_inf();
-    }
+    mass_ = pass_.load_problem(p_.warm ? r_.g : nullptr);
     best_error_ = __builtin_inf();
   }
 
@@ -125,7 +119,10 @@ class TransportSolver {
 
   void record(bool newton, int64_t cg_iterations, double step) {
     const double entries = kept_ && newton ? double(system_.entries()) : 0;
-    r_.trace[r_.iterations++] = {reg_, newton ? 1.0 : 0.0, error_, entries, double(cg_iterations), step};
+    const TransportStep line = {reg_, newton ? 1.0 : 0.0, error_, entries, double(cg_iterations), step};
+    if (r_.iterations < r_.trace_room) r_.trace[r_.iterations] = line;
+    ++r_.iterations;
+    if (p_.watch && !p_.watch(p_.watcher, line)) stopped_ = true;
   }
 
   // g_j += omega reg log(b_j / c_j). A column that every row has left is brought back to where its best row sees it.
@@ -144,6 +141,7 @@ class TransportSolver {
   bool newton() {
     if (!kept_) evaluate(keep_, 1);
     system_.prepare(damping_ * norm_);
+    for (int64_t j = 0; j < w_.mp; ++j) w_.residual[j] = w_.b[j] > 0 ? w_.b[j] - w_.columns[j] : 0;
     const CgResult cg = system_.solve(last_ ? 1e-3 : 1e-1);
     copy(w_.g, w_.base);
     const double start = objective_, before = error_, slope = along(w_.step);
@@ -163,7 +161,7 @@ class TransportSolver {
       const bool level = objective_ <= start + noise && (now < 0 ? -now : now) <= 0.9 * -slope;
       if (lower || level) {
         record(true, cg.iterations, step);
-        damping_ = step == 1 ? larger_of(damping_ / 2, kLeastDamping) : damping_ * 2;
+        damping_ = step == 1 ? larger(damping_ / 2, kLeastDamping) : damping_ * 2;
         const double shrink = error_ / before;
         gain_ = -slope * reg_ * shrink * shrink;
         if (step == 1 && error_ > kSlow * before) keep_more();
@@ -179,11 +177,9 @@ class TransportSolver {
   static constexpr double kDamping = 1e-3, kLeastDamping = 1e-8, kLongest = 50;
   static constexpr int kTrials = 12;
 
-  static double larger_of(double x, double y) { return x > y ? x : y; }
-
   // Full steps that gain little: what ties the plan's pieces together was dropped.
   void keep_more() {
-    if (system_.entries() * 4 < p_.n * p_.m) keep_ = larger_of(keep_ / 10, kLeastKeep);
+    if (system_.entries() * 4 < p_.n * p_.m) keep_ = larger(keep_ / 10, kLeastKeep);
     damping_ /= 4;
   }
 
@@ -266,7 +262,7 @@ class TransportSolver {
   NewtonSystem system_;
   double mass_ = 0, reg_ = 0, error_ = 0, norm_ = 0, objective_ = 0, best_error_ = 0, damping_ = kDamping,
          keep_ = kKeep;
-  bool last_ = false, kept_ = false;
+  bool last_ = false, kept_ = false, stopped_ = false;
   double gain_ = 0;  // what is still expected of the objective
   int failures_ = 0, polished_ = 0;
 };

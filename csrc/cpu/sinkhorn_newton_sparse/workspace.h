@@ -1,4 +1,5 @@
-// How the caller's memory is divided: about 1.2 n m doubles, of which a solve touches what its plan needs.
+// How the caller's memory is divided: about 1.2 n m doubles (0.6 with low_memory), of which a solve touches what its
+// plan needs.
 #pragma once
 #include <cstdint>
 #include <initializer_list>
@@ -18,12 +19,11 @@ inline int64_t chunk_count(int64_t n, int64_t m) {
   return n < most ? (n > 1 ? n : 1) : most;
 }
 
-// Edges of the graph that the tree-like preconditioner takes on, and room for its factor.
-inline int64_t max_edges(int64_t n, int64_t m) {
-  const int64_t sparse = 12 * (n + m);
+// Edges of the graph that the tree-like preconditioner takes on.
+inline int64_t max_edges(int64_t n, int64_t m, bool low_memory) {
+  const int64_t sparse = (low_memory ? 6 : 12) * (n + m);
   return n * m < sparse ? n * m : sparse;
 }
-inline int64_t max_factor(int64_t n, int64_t m) { return 4 * max_edges(n, m); }
 
 class Carver {
  public:
@@ -42,12 +42,13 @@ class Carver {
 };
 
 struct Workspace {
-  int64_t mp, chunks;
+  int64_t mp, chunks, edge_room, factor_room;
   // The pass.
   double *log_a, *log_b, *b, *f, *g, *columns, *row_error;
   double *slack, *partial;  // per chunk: a row, and its column sums
   int32_t* live;            // per chunk: the groups of a row above the cut
-  // The plan's larger entries: blocks of one pack; row i's begin at block i * (mp / lanes).
+  // The plan's larger entries: blocks of one pack, up to row_room of them in a row.
+  int64_t row_room;
   double* blocks;
   int32_t *block_column, *block_count;
   // Newton.
@@ -58,8 +59,13 @@ struct Workspace {
   int64_t *factor_begin, *adjacent_begin;
   int64_t bytes;
 
-  Workspace(void* memory, int64_t n, int64_t m) : mp(padded(m)), chunks(chunk_count(n, m)) {
+  double* row_blocks(int64_t i) const { return blocks + i * row_room * Pack<double>::kLanes; }
+  int32_t* row_columns(int64_t i) const { return block_column + i * row_room; }
+
+  Workspace(void* memory, int64_t n, int64_t m, bool low_memory)
+      : mp(padded(m)), chunks(chunk_count(n, m)), edge_room(max_edges(n, m, low_memory)), factor_room(4 * edge_room) {
     Carver carver(memory);
+    row_room = mp / Pack<double>::kLanes / (low_memory ? 2 : 1);
     for (double** at : {&log_a, &f, &row_error, &old_f}) *at = carver.take<double>(n);
     for (double** at : {&log_b, &b, &g, &columns, &base, &best, &step, &residual, &image, &preconditioned, &direction,
                         &diagonal, &jacobi})
@@ -67,10 +73,10 @@ struct Workspace {
     slack = carver.take<double>(chunks * mp);
     partial = carver.take<double>(chunks * mp);
     live = carver.take<int32_t>(chunks * mp);
-    blocks = carver.take<double>(n * mp);
-    block_column = carver.take<int32_t>(n * mp / Pack<double>::kLanes);
+    blocks = carver.take<double>(n * row_room * Pack<double>::kLanes);
+    block_column = carver.take<int32_t>(n * row_room);
     block_count = carver.take<int32_t>(n);
-    const int64_t nodes = n + m, edges = max_edges(n, m), factor = max_factor(n, m);
+    const int64_t nodes = n + m, edges = edge_room, factor = factor_room;
     for (double** at : {&node, &ground, &pivot, &near_weight}) *at = carver.take<double>(nodes);
     for (int32_t** at : {&head, &order, &place, &near_node, &mark}) *at = carver.take<int32_t>(nodes + 1);
     edge_weight = carver.take<double>(edges);

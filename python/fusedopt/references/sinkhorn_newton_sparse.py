@@ -5,7 +5,7 @@ Dense throughout and without tricks: logarithms of sums, all entries of the plan
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -64,11 +64,13 @@ def sinkhorn_newton_sparse(
     method: str = "sns",
     sinkhorn_iterations: int = PAPER_SINKHORN,
     entries_per_row: float = PAPER_ENTRIES,
+    watch: Callable[[tuple[float, ...]], bool] | None = None,
 ) -> SinkhornResult:
     """Solve ``min ⟨C, P⟩ + reg Σ P log P`` over plans with marginals ``a`` and ``b``.
 
     Arguments as ``fusedopt.sinkhorn_newton_sparse``, checked already; ``"sns-paper"`` alone has
-    ``sinkhorn_iterations`` and ``entries_per_row``.
+    ``sinkhorn_iterations`` and ``entries_per_row``; ``watch`` sees each line of the trace, and says
+    whether to stop.
     """
     problem = _Dense(cost, a, b)
     trace: list[tuple[float, ...]] = []
@@ -85,9 +87,23 @@ def sinkhorn_newton_sparse(
         trace.append((here, line[0], error, *line[1:]))
         if here == reg and error < least:
             best, least = potentials, error
-        if len(trace) == max_iter or least <= tol:
+        if (watch is not None and watch(trace[-1])) or len(trace) == max_iter or least <= tol:
             break
     return problem.result(*best, reg, tol, trace)
+
+
+def adjoint(
+    cost: Array, f: Array, g: Array, rows: Array, columns: Array, reg: float
+) -> tuple[Array, Array]:
+    """Solve ``r x + P y = rows``, ``Pᵀ x + c y = columns``, with P's sums r and c.
+
+    The matrix has (1, −1) in its null space: the shortest solution.
+    """
+    with np.errstate(invalid="ignore"):
+        plan = np.nan_to_num(np.exp((f[:, None] - cost + g) / reg))
+    system = np.block([[np.diag(plan.sum(1)), plan], [plan.T, np.diag(plan.sum(0))]])
+    solution = np.linalg.lstsq(system, np.concatenate([rows, columns]), rcond=1e-14)[0]
+    return solution[: len(f)], solution[len(f) :]
 
 
 class _Dense:

@@ -25,6 +25,12 @@ class TraceStep(NamedTuple):
     cg_iterations: int
     step: float
 
+    @classmethod
+    def of(cls, line: Sequence[float]) -> "TraceStep":
+        """From what kernels write: reg, whether a Newton step, error, entries, CG, step."""
+        reg, newton, error, nnz, cg, step = line
+        return cls("newton" if newton else "sinkhorn", reg, error, int(nnz), int(cg), step)
+
 
 @dataclass(frozen=True)
 class TransportResult:
@@ -34,7 +40,7 @@ class TransportResult:
 
     Attributes:
         f, g: potentials in float64, ``⟨f, a⟩ = ⟨g, b⟩``; ``-inf`` where the marginal is zero. torch
-            tensors where the cost is one.
+            tensors where the cost is one or the arguments ask for gradients, which they then give.
         cost: ``⟨C, P⟩`` of the plan.
         value: ``⟨C, P⟩ + reg Σ P log P``, evaluated as the dual, so accurate to the square of the
             marginal error. Where the arguments ask for gradients, a tensor that gives them.
@@ -56,8 +62,12 @@ class TransportResult:
     _trace: NDArray[Any]
 
     def plan(self) -> Any:
-        """``P = exp((f_i + g_j − C_ij) / reg)``, in float64."""
+        """``P = exp((f_i + g_j − C_ij) / reg)``, in float64; with gradients where ``f`` has."""
         reg = np.asarray(self.reg)[..., None, None]
+        if is_torch(self.f) and self.f.requires_grad:
+            torch = sys.modules["torch"]
+            plan = self.f[..., :, None] - self._cost_matrix.to(torch.float64)
+            return ((plan + self.g[..., None, :]) / torch.from_numpy(reg)).exp()
         f, g = (_arrays.to_float64(x) for x in (self.f, self.g))
         plan = f[..., :, None] - _arrays.to_float64(self._cost_matrix)
         plan += g[..., None, :]
@@ -67,13 +77,13 @@ class TransportResult:
 
     @property
     def trace(self) -> list[Any]:
-        """One ``TraceStep`` per iteration; a list of such lists for a batch."""
+        """One ``TraceStep`` per iteration; a list of such lists for a batch.
+
+        A batch keeps 16 MB of them: of many problems the first iterations, of very many none.
+        """
         if np.ndim(self.iterations):
             return [self[i].trace for i in range(len(self.iterations))]
-        return [
-            TraceStep("newton" if newton else "sinkhorn", reg, error, int(nnz), int(cg), step)
-            for reg, newton, error, nnz, cg, step in self._trace[: int(self.iterations)].tolist()
-        ]
+        return [TraceStep.of(line) for line in self._trace[: int(self.iterations)].tolist()]
 
     def __getitem__(self, index: int) -> "TransportResult":
         if not np.ndim(self.iterations):
@@ -175,10 +185,11 @@ def _balance(a: NDArray[Any], b: NDArray[Any], dtype: str) -> None:
     """Scale b to the sum of a, which rounding alone may keep apart."""
     sums_a, sums_b = a.sum(axis=1), b.sum(axis=1)
     allowed = 1e-10 if dtype == "float64" else 4e-7 * math.sqrt(a.shape[1] + b.shape[1])
-    for i, (x, y) in enumerate(zip(sums_a, sums_b, strict=True)):
-        if abs(x - y) > allowed * x:
-            where = f" (problem {i})" if len(sums_a) > 1 else ""
-            raise ValueError(f"a sums to {x:.17g} and b to {y:.17g}{where}: expected equal sums")
+    for i in np.flatnonzero(abs(sums_a - sums_b) > allowed * sums_a)[:1]:
+        where = f" (problem {i})" if len(sums_a) > 1 else ""
+        raise ValueError(
+            f"a sums to {sums_a[i]:.17g} and b to {sums_b[i]:.17g}{where}: expected equal sums"
+        )
     b *= (sums_a / sums_b)[:, None]
 
 
@@ -204,30 +215,37 @@ def _rows(cost: Any, batched: bool) -> Any:
     return cost if batched else cost[None]
 
 
-def check_cost(given: Problem, summaries: Sequence[tuple[float, float, int, int, int, int]]) -> Any:
+def check_cost(given: Problem, summaries: NDArray[Any]) -> NDArray[Any]:
     """The range of each problem's finite costs.
+
+    ``summaries`` has a row for each: least and largest finite cost, then where these are (or -1): a
+    NaN, a ``-inf``, a row and a column that have mass but no finite cost opposite to mass.
 
     Raises:
         ValueError: NaN, ``-inf``, a row or column without a way out, or a ``reg`` too small.
     """
-    _, _, m = given.shape
-    ranges = np.empty(len(summaries))
-    for i, (least, most, nan, minus_inf, row, column) in enumerate(summaries):
-        name = f"cost[{i}]" if given.batched else "cost"
-        for index, what in ((nan, "NaN"), (minus_inf, "-inf")):
-            if index >= 0:
-                raise ValueError(f"{name} has {what} at {divmod(index, m)}")
-        for index, marginal, what in ((row, "a", "row"), (column, "b", "column")):
-            if index >= 0:
-                raise ValueError(
-                    f"{name}: {what} {index} has mass ({marginal}[{index}] > 0), but every finite "
-                    "cost in it leads where there is none"
-                )
-        largest = max(abs(least), abs(most))
-        if given.reg[i] < SMALLEST_REG * largest:
+    least, most = summaries[:, 0], summaries[:, 1]
+    largest = np.maximum(abs(least), abs(most))
+    bad = (summaries[:, 2:] >= 0).any(axis=1) | (given.reg < SMALLEST_REG * largest)
+    for i in np.flatnonzero(bad)[:1]:
+        _refuse_cost(given, int(i), *(int(x) for x in summaries[i, 2:]), largest=largest[i])
+    return np.asarray(most - least)
+
+
+def _refuse_cost(
+    given: Problem, i: int, nan: int, minus_inf: int, row: int, column: int, *, largest: float
+) -> None:
+    name = f"cost[{i}]" if given.batched else "cost"
+    for index, what in ((nan, "NaN"), (minus_inf, "-inf")):
+        if index >= 0:
+            raise ValueError(f"{name} has {what} at {divmod(index, given.shape[2])}")
+    for index, marginal, what in ((row, "a", "row"), (column, "b", "column")):
+        if index >= 0:
             raise ValueError(
-                f"reg is {given.reg[i]:g}, expected at least {SMALLEST_REG:g} of the largest cost "
-                f"({largest:g}): below, float64 can't hold the plan"
+                f"{name}: {what} {index} has mass ({marginal}[{index}] > 0), but every finite "
+                "cost in it leads where there is none"
             )
-        ranges[i] = most - least
-    return ranges
+    raise ValueError(
+        f"reg is {given.reg[i]:g}, expected at least {SMALLEST_REG:g} of the largest cost "
+        f"({largest:g}): below, float64 can't hold the plan"
+    )

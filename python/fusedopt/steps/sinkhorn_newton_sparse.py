@@ -1,6 +1,8 @@
 """Entropic optimal transport by Sinkhorn-Newton-Sparse."""
 
+import functools
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ from fusedopt._threads import get_num_threads
 from fusedopt.references import sinkhorn_newton_sparse as reference
 from fusedopt.steps import _transport
 from fusedopt.steps._transport import Problem, TransportResult
+from fusedopt.steps._transport_watch import Watch
 
 METHODS = ("sns", "sinkhorn", "sns-paper")
 
@@ -27,6 +30,9 @@ def sinkhorn_newton_sparse(
     g: Any = None,
     method: str = "sns",
     backend: str | None = None,
+    callback: Callable[..., Any] | None = None,
+    progress: bool = False,
+    low_memory: bool = False,
 ) -> Any:
     """Solve entropic optimal transport.
 
@@ -50,29 +56,68 @@ def sinkhorn_newton_sparse(
             steps on the plan's larger entries. ``"sinkhorn"``: over-relaxed Sinkhorn.
             ``"sns-paper"``: the paper's own schedule, on the reference backend only.
         backend: ``"cpu"``, ``"reference"``, or ``None``: by where the cost is.
+        callback: called after every iteration with its ``TraceStep``, for a batch or list also with
+            the problem's index; the problem ends there if it returns something true. Of a batch on
+            several threads, problems take turns. What it raises ends everything.
+        progress: show a progress bar of iterations (``tqdm``).
+        low_memory: work with at most one array of the cost's size (in float64) beside the cost,
+            without it at most two; Newton's system then holds at most half of the plan. What does
+            not grow with ``n m`` comes on top: about 2 kB a row and column.
 
     Returns:
-        A ``TransportResult``. Its ``value`` has gradients with respect to those of ``cost``, ``a``
-        and ``b`` that are torch tensors which require them: ``P``, ``f + reg/2``, ``g + reg/2``, by
-        the envelope theorem. A problem of a batch gets the bits it would get alone.
+        A ``TransportResult``. With respect to those of ``cost``, ``a`` and ``b`` that are torch
+        tensors which require them, its ``value`` has gradients by the envelope theorem (``P``,
+        ``f + reg/2``, ``g + reg/2``), and ``f``, ``g`` and ``plan()`` by implicit differentiation:
+        one linear system, solved like those of Newton's steps. A problem of a batch gets the bits
+        it would get alone.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
         RuntimeError: the backend is not available here.
+        ImportError: ``progress`` without tqdm.
 
     Source: Tang, Shavlovsky, Rahmanian, Tardini, Thekumparampil, Xiao, Ying, arXiv:2401.12253.
     """
     if method not in METHODS:
         raise ValueError(f"method is {method!r}, expected one of {', '.join(METHODS)}")
     _check_limits(tol, max_iter)
-    if isinstance(cost, list | tuple):
-        return _solve_list(cost, a, b, reg, tol, max_iter, f, g, method, backend)
+    options = {"tol": tol, "max_iter": max_iter, "method": method, "low_memory": low_memory}
+    with Watch(callback, progress) as watch:
+        if isinstance(cost, list | tuple):
+            return _solve_list(cost, a, b, reg, f, g, backend, watch, options)
+        return _solve(cost, a, b, reg, f, g, backend, watch, **options)
+
+
+def _solve(
+    cost: Any,
+    a: Any,
+    b: Any,
+    reg: Any,
+    f: Any,
+    g: Any,
+    backend: str | None,
+    watch: Watch,
+    *,
+    tol: float,
+    max_iter: int,
+    method: str,
+    low_memory: bool,
+    index: int | None = None,
+) -> TransportResult:
+    """One matrix or one batch; ``index``: where it stands in a list."""
     given = _transport.problem(cost, a, b, reg)
     name = backends.choose(OPERATION, backend, [cost])
     if method == "sns-paper" and name != "reference":
         raise ValueError(f"method 'sns-paper' runs on backend 'reference' only, not on {name!r}")
-    solved = OPERATION.launchers[name](given, _start(given, f, g), tol, max_iter, method)
-    return _result(cost, a, b, given, solved)
+    extra: dict[str, Any] = {}
+    if watch.wanted:
+        extra["watch"] = watch.of(index, given.batched)
+    if low_memory and name != "reference":  # the reference is dense throughout
+        extra["low_memory"] = True
+    if extra and name not in ("cpu", "reference"):
+        raise ValueError(f"callback, progress and low_memory: not on backend {name!r}")
+    solved = OPERATION.launchers[name](given, _start(given, f, g), tol, max_iter, method, **extra)
+    return _result(cost, a, b, given, solved, name)
 
 
 def sinkhorn_step(
@@ -111,7 +156,7 @@ def _step(
     if start is None:
         start = np.where(given.b > 0, 0.0, -np.inf)
     solved = operation.launchers[name](given, start, 0.0, 1, method)
-    return _result(cost, a, b, given, solved)
+    return _result(cost, a, b, given, solved, name)
 
 
 def _check_limits(tol: float, max_iter: int) -> None:
@@ -126,12 +171,11 @@ def _solve_list(
     a: Any,
     b: Any,
     reg: Any,
-    tol: float,
-    max_iter: int,
     f: Any,
     g: Any,
-    method: str,
     backend: str | None,
+    watch: Watch,
+    options: dict[str, Any],
 ) -> list[TransportResult]:
     def of(name: str, argument: Any, i: int) -> Any:
         if not isinstance(argument, list | tuple):
@@ -143,17 +187,17 @@ def _solve_list(
         return argument[i]
 
     return [
-        sinkhorn_newton_sparse(
+        _solve(
             cost,
             of("a", a, i),
             of("b", b, i),
-            reg=of("reg", reg, i),
-            tol=tol,
-            max_iter=max_iter,
-            f=of("f", f, i),
-            g=of("g", g, i),
-            method=method,
-            backend=backend,
+            of("reg", reg, i),
+            of("f", f, i),
+            of("g", g, i),
+            backend,
+            watch,
+            **options,
+            index=i,
         )
         for i, cost in enumerate(costs)
     ]
@@ -190,19 +234,42 @@ def _potential(
 Solved = tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]  # f, g, facts, trace
 
 
+_TRACE_BYTES = 1 << 24  # of a batch; beyond it traces end early
+
+
+def _trace_room(problems: int, max_iter: int) -> int:
+    """How many iterations of each problem are kept: all, or as many as there is memory for."""
+    room = _TRACE_BYTES // (48 * problems)
+    return min(max_iter, room) if room >= 16 else 0
+
+
+def _workspace(problems: int, n: int, m: int, low_memory: bool) -> tuple[NDArray[Any], int, int]:
+    """Memory for the kernels, and how many problems and threads work side by side in it."""
+    threads = get_num_threads()
+    lanes = min(problems, threads)
+    size = lanes * _C.transport_workspace_bytes(n, m, low_memory) + 64
+    return np.empty(size, np.uint8), lanes, threads
+
+
 def _launch_cpu(
-    given: Problem, start: NDArray[Any] | None, tol: float, max_iter: int, method: str
+    given: Problem,
+    start: NDArray[Any] | None,
+    tol: float,
+    max_iter: int,
+    method: str,
+    *,
+    low_memory: bool = False,
+    watch: Callable[..., bool] | None = None,
 ) -> Solved:
     problems, n, m = given.shape
-    threads = get_num_threads()
-    summaries = _C.transport_inspect(given.cost, given.a, given.b, threads)
+    summaries = np.empty((problems, 6))
+    _C.transport_inspect(given.cost, given.a, given.b, summaries, get_num_threads())
     ranges = _transport.check_cost(given, summaries)
     f = np.empty((problems, n))
     g = np.empty((problems, m)) if start is None else start
     facts = np.empty((problems, 6))
-    trace = np.empty((problems, max_iter, 6))
-    lanes = min(problems, threads)
-    workspace = np.empty(lanes * _C.transport_workspace_bytes(n, m) + 64, np.uint8)
+    trace = np.empty((problems, _trace_room(problems, max_iter), 6))
+    workspace, lanes, threads = _workspace(problems, n, m, low_memory)
     _C.transport_solve(
         given.cost,
         given.a,
@@ -218,6 +285,8 @@ def _launch_cpu(
         method == "sinkhorn",
         start is not None,
         tol == 0,
+        low_memory,
+        watch,
         workspace,
         lanes,
         threads,
@@ -226,11 +295,18 @@ def _launch_cpu(
 
 
 def _launch_reference(
-    given: Problem, start: NDArray[Any] | None, tol: float, max_iter: int, method: str
+    given: Problem,
+    start: NDArray[Any] | None,
+    tol: float,
+    max_iter: int,
+    method: str,
+    *,
+    watch: Callable[..., bool] | None = None,
 ) -> Solved:
     cost = _arrays.to_float64(given.cost)
     _transport.check_cost(
-        given, [reference.inspect(*each) for each in zip(cost, given.a, given.b, strict=True)]
+        given,
+        np.array([reference.inspect(*x) for x in zip(cost, given.a, given.b, strict=True)], float),
     )
     solved = [
         reference.sinkhorn_newton_sparse(
@@ -242,6 +318,7 @@ def _launch_reference(
             max_iter=max_iter,
             g=None if start is None else start[i],
             method=method,
+            watch=None if watch is None else functools.partial(watch, i),
         )
         for i in range(len(cost))
     ]
@@ -256,38 +333,77 @@ def _launch_reference(
     return f, g, np.array(facts, dtype=float), trace
 
 
-def _result(cost: Any, a: Any, b: Any, given: Problem, solved: Solved) -> TransportResult:
+def _adjoint_cpu(
+    given: Problem, f: NDArray[Any], g: NDArray[Any], rows: NDArray[Any], columns: NDArray[Any]
+) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """x, y and residuals of ``a x + P y = rows``, ``Pᵀ x + b y = columns`` for each problem."""
+    problems, n, m = given.shape
+    x, y, residuals = np.empty((problems, n)), np.empty((problems, m)), np.empty(problems)
+    space = _workspace(problems, n, m, False)
+    _C.transport_adjoint(
+        given.cost, given.a, given.b, given.reg, g, rows, columns, x, y, residuals, *space
+    )
+    return x, y, residuals
+
+
+def _adjoint_reference(
+    given: Problem, f: NDArray[Any], g: NDArray[Any], rows: NDArray[Any], columns: NDArray[Any]
+) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    cost = _arrays.to_float64(given.cost)
+    solved = [
+        reference.adjoint(*each, float(reg))
+        for *each, reg in zip(cost, f, g, rows, columns, given.reg, strict=True)
+    ]
+    x, y = (np.stack(part) for part in zip(*solved, strict=True))
+    return x, y, np.zeros(len(cost))
+
+
+_ADJOINTS = {"cpu": _adjoint_cpu, "reference": _adjoint_reference}
+
+
+def _result(
+    cost: Any, a: Any, b: Any, given: Problem, solved: Solved, backend: str
+) -> TransportResult:
     f, g, facts, trace = solved
     iterations, errors, costs, _, values, converged = facts.T
     value: Any = values.copy()
-    if any(_transport.is_torch(x) and x.requires_grad for x in (cost, a, b)):
-        value = _with_gradients(cost, a, b, given, f, g, values)
+    first, second = _transport.like(cost, f), _transport.like(cost, g)
+    wanted = any(_transport.is_torch(x) and x.requires_grad for x in (cost, a, b))
+    if wanted:
+        value, first, second = _with_gradients(cost, a, b, given, f, g, values, backend)
     batch = TransportResult(
-        f=_transport.like(cost, f),
-        g=_transport.like(cost, g),
+        f=first,
+        g=second,
         cost=costs.copy(),
         value=value,
         marginal_error=errors.copy(),
         iterations=iterations.astype(np.int64),
         converged=converged.astype(bool),
         reg=given.reg,
-        _cost_matrix=given.cost,
+        _cost_matrix=_differentiable(cost, given) if wanted else given.cost,
         _trace=trace,
     )
     return batch if given.batched else batch[0]
 
 
+def _differentiable(cost: Any, given: Problem) -> Any:
+    """The cost as (problems, n, m) with its place in autograd's graph, if it has one."""
+    if not _transport.is_torch(cost):
+        return sys.modules["torch"].from_numpy(np.ascontiguousarray(given.cost))
+    return cost if given.batched else cost[None]
+
+
 def _with_gradients(
-    cost: Any, a: Any, b: Any, given: Problem, f: Any, g: Any, values: NDArray[Any]
-) -> Any:
-    """The values as a tensor of shape (problems,) that autograd can go on from."""
-    from fusedopt.steps._transport_autograd import Value
+    cost: Any, a: Any, b: Any, given: Problem, f: Any, g: Any, values: NDArray[Any], backend: str
+) -> tuple[Any, Any, Any]:
+    """Values, f and g as tensors of all problems that autograd can go on from."""
+    from fusedopt.steps._transport_autograd import Potentials, Value
 
     torch = sys.modules["torch"]
     tensors = [x if _transport.is_torch(x) else None for x in (cost, a, b)]
-    return Value.apply(
-        *tensors, *(torch.from_numpy(x) for x in (f, g, given.reg, values)), given.batched
-    )
+    first, second, reg, value = (torch.from_numpy(x) for x in (f, g, given.reg, values))
+    graded = Value.apply(*tensors, first, second, reg, value, given.batched)
+    return graded, *Potentials.apply(*tensors, first, second, given, _ADJOINTS.get(backend))
 
 
 _LAUNCHERS = {"cpu": _launch_cpu, "reference": _launch_reference}
