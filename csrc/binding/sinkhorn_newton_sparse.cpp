@@ -10,9 +10,11 @@
 #include <vector>
 
 #include "binding/arrays.h"
+#include "binding/gpu.h"
 #include "cpu/isa.h"
 #include "cpu/sinkhorn_newton_sparse/problem.h"
 #include "cpu/threads.h"
+#include "cuda/sinkhorn_newton_sparse.h"
 
 namespace fusedopt {
 namespace {
@@ -31,6 +33,7 @@ struct CostView {
   const char* data;
   bool single;
   int64_t problems, n, m, problem_stride, row_stride;
+  dlpack::Device device;
 
   CostView(ArrayReader& reader, const py::object& cost) {
     ArrayView view;
@@ -42,6 +45,7 @@ struct CostView {
     if (view.strides && view.strides[2] != 1 && view.shape[2] > 1)
       throw py::value_error(describe(name, cost.ptr()) + ": expected contiguous rows");
     data = static_cast<const char*>(view.data);
+    device = view.device;
     single = view.dtype == DType::kFloat32;
     problems = view.shape[0];
     n = view.shape[1];
@@ -300,6 +304,60 @@ void solve_adjoint(const py::object& cost, Doubles a, Doubles b, Doubles reg, Do
   });
 }
 
+int64_t gpu_workspace_bytes(int64_t problems, int64_t n, int64_t m) {
+  if constexpr (kWithCuda) return cuda::transport_workspace_bytes(problems, n, m);
+  throw std::runtime_error("built without CUDA kernels");
+}
+
+// Memory that Python made for the call, on the cost's device.
+template <typename T>
+T* on_device(ArrayReader& reader, const CostView& cost, const py::object& array, int64_t size, const char* name) {
+  ArrayView view;
+  reader.read(array.ptr(), {name, -1, ""}, &view);
+  if (!(view.device == cost.device) || !view.contiguous() || view.numel() < size)
+    throw py::value_error(std::string(name) + " does not fit the launch");
+  return static_cast<T*>(view.data);
+}
+
+// As solve(), with all arrays on the cost's GPU, on the stream on which its library works. Returns before it is done.
+// Facts are those of cuda/sinkhorn_newton_sparse.h.
+void solve_on_gpu(const py::object& cost, const py::object& a, const py::object& b, const py::object& reg,
+                  const py::object& f, const py::object& g, const py::object& trace, const py::object& facts,
+                  double tolerance, int64_t max_iterations, int64_t trace_rows, bool sinkhorn, bool warm,
+                  bool single_step, const py::object& workspace, uintptr_t stream_address) {
+  ArrayReader reader;
+  const CostView view(reader, cost);
+  const int64_t count = view.problems, n = view.n, m = view.m;
+  cuda::TransportBatch batch = {};
+  batch.cost = view.data;
+  batch.single = view.single;
+  batch.problems = count;
+  batch.n = n;
+  batch.m = m;
+  batch.problem_stride = view.problem_stride;
+  batch.row_stride = view.row_stride;
+  batch.a = on_device<double>(reader, view, a, count * n, "a");
+  batch.b = on_device<double>(reader, view, b, count * m, "b");
+  batch.reg = on_device<double>(reader, view, reg, count, "reg");
+  batch.tolerance = tolerance;
+  batch.max_iterations = max_iterations;
+  batch.sinkhorn = sinkhorn;
+  batch.warm = warm;
+  batch.single_step = single_step;
+  batch.f = on_device<double>(reader, view, f, count * n, "f");
+  batch.g = on_device<double>(reader, view, g, count * m, "g");
+  batch.trace = on_device<double>(reader, view, trace, count * trace_rows * cuda::kTraceColumns, "trace");
+  batch.trace_rows = trace_rows;
+  batch.facts = on_device<double>(reader, view, facts, count * cuda::kTransportFacts, "facts");
+  void* const memory = on_device<void>(reader, view, workspace, gpu_workspace_bytes(count, n, m), "workspace");
+  void* stream = reinterpret_cast<void*>(stream_address);
+  reader.current_stream(cost.ptr(), view.device, &stream);
+  launch_on_gpu(view.device.id, [&] {
+    if constexpr (kWithCuda) return cuda::launch_transport(batch, memory, static_cast<cudaStream_t>(stream));
+    return Status();
+  });
+}
+
 }  // namespace
 
 void bind_sinkhorn_newton_sparse(py::module_& module) {
@@ -312,6 +370,10 @@ void bind_sinkhorn_newton_sparse(py::module_& module) {
              "low_memory"_a, "watch"_a, own("workspace"), "lanes"_a, "threads"_a);
   module.def("transport_adjoint", &solve_adjoint, "cost"_a, own("a"), own("b"), own("reg"), own("g"), own("rows"),
              own("columns"), own("x"), own("y"), own("residuals"), own("workspace"), "lanes"_a, "threads"_a);
+  module.def("transport_gpu_workspace_bytes", &gpu_workspace_bytes, "problems"_a, "n"_a, "m"_a);
+  module.def("transport_solve_on_gpu", &solve_on_gpu, "cost"_a, "a"_a, "b"_a, "reg"_a, "f"_a, "g"_a, "trace"_a,
+             "facts"_a, "tolerance"_a, "max_iterations"_a, "trace_rows"_a, "sinkhorn"_a, "warm"_a, "single_step"_a,
+             "workspace"_a, "stream"_a);
 }
 
 }  // namespace fusedopt

@@ -11,7 +11,7 @@ namespace fusedopt::cuda {
 namespace {
 
 constexpr int64_t kHeaderBytes = 128;  // of the workspace: the grid's barrier
-constexpr int64_t kMostLanes = 2048, kLanesBytes = int64_t(1) << 28;
+constexpr int64_t kMostLanes = 1024, kLanesBytes = int64_t(1) << 28;
 
 // Thread blocks that work side by side, each with memory of its own, on a problem each; 0: the grid works on one.
 struct Lanes {

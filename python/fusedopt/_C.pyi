@@ -55,6 +55,26 @@ def transport_solve(
     threads: int,
 ) -> None: ...
 
+def transport_gpu_workspace_bytes(problems: int, n: int, m: int) -> int: ...
+def transport_solve_on_gpu(
+    cost: Any,
+    a: Any,
+    b: Any,
+    reg: Any,
+    f: Any,
+    g: Any,
+    trace: Any,
+    facts: Any,
+    tolerance: float,
+    max_iterations: int,
+    trace_rows: int,
+    sinkhorn: bool,
+    warm: bool,
+    single_step: bool,
+    workspace: Any,
+    stream: int,
+) -> None: ...
+
 class AdamPlan:
     def begin(self, grad_scale: Any, found_inf: Any, stream: int | None, movable: bool) -> None: ...
     def check(self) -> None: ...

@@ -11,7 +11,7 @@ constexpr int kWarp = 32, kMostThreads = 384, kMostWarps = kMostThreads / kWarp;
 constexpr int kLanesPerList = 8;        // threads that share a row or a column of kept entries
 constexpr int64_t kMostChunks = 264;    // two for each multiprocessor of the largest GPUs
 constexpr int64_t kSmallChunk = 512;    // elements; chunks are not made smaller
-constexpr int64_t kAlwaysShared = 6144;  // columns whose row and sums fit in any GPU's shared memory
+constexpr int64_t kAlwaysShared = 5888;  // columns whose row and sums fit in any GPU's shared memory
 constexpr int64_t kKeepAll = 65536;     // elements up to which there is room to keep them all
 
 HOST_DEVICE inline int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }

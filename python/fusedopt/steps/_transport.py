@@ -59,15 +59,13 @@ class TransportResult:
     converged: Any
     reg: Any
     _cost_matrix: Any
-    _trace: NDArray[Any]
+    _trace: Any
 
     def plan(self) -> Any:
         """``P = exp((f_i + g_j − C_ij) / reg)``, in float64; with gradients where ``f`` has."""
+        if is_torch(self.f):
+            return _plan_of_tensors(self.f, self.g, self._cost_matrix, self.reg)
         reg = np.asarray(self.reg)[..., None, None]
-        if is_torch(self.f) and self.f.requires_grad:
-            torch = sys.modules["torch"]
-            plan = self.f[..., :, None] - self._cost_matrix.to(torch.float64)
-            return ((plan + self.g[..., None, :]) / torch.from_numpy(reg)).exp()
         f, g = (_arrays.to_float64(x) for x in (self.f, self.g))
         plan = f[..., :, None] - _arrays.to_float64(self._cost_matrix)
         plan += g[..., None, :]
@@ -102,15 +100,37 @@ class TransportResult:
         )
 
 
+def _plan_of_tensors(f: Any, g: Any, cost: Any, reg: Any) -> Any:
+    """The same, on the tensors' device."""
+    plan = f[..., :, None] - cost.to(f.dtype)
+    plan += g[..., None, :]
+    plan /= sys.modules["torch"].as_tensor(reg, device=f.device)[..., None, None]
+    return plan.exp_()
+
+
 def is_torch(array: Any) -> bool:
     """Whether this is a torch tensor; does not import torch."""
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(array, torch.Tensor)
 
 
-def like(array: Any, values: NDArray[Any]) -> Any:
-    """NumPy values as the kind of array that the caller uses."""
-    return sys.modules["torch"].from_numpy(values) if is_torch(array) else values
+def like(array: Any, values: Any) -> Any:
+    """NumPy values as the kind of array that the caller uses; what is a tensor already stays."""
+    if is_torch(array) and isinstance(values, np.ndarray):
+        return sys.modules["torch"].from_numpy(values)
+    return values
+
+
+def check_device(cost: Any, backend: str) -> None:
+    """Whether the backend can read the cost where it lies.
+
+    Raises:
+        ValueError: it can't.
+    """
+    on_gpu = backends.device_type(cost, "cost") == "cuda"
+    if backend != "reference" and on_gpu != (backend in backends.GPU):
+        place = "a GPU" if on_gpu else "the CPU"
+        raise ValueError(f"cost is on {place}, but backend {backend!r} was asked for")
 
 
 def describe(name: str, array: Any) -> str:
@@ -140,7 +160,9 @@ def problem(cost: Any, a: Any, b: Any, reg: Any) -> Problem:
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
     """
-    backends.device_type(cost, "cost")
+    if backends.device_type(cost, "cost") != "cpu" and not is_torch(cost):
+        kind = f"{type(cost).__module__}.{type(cost).__name__}"
+        raise TypeError(f"cost is a {kind} on a GPU, expected a torch tensor there")
     if backends.dtype_name(cost.dtype) not in DTYPES:
         raise TypeError(f"{describe('cost', cost)}: expected float32 or float64")
     shape = tuple(int(size) for size in cost.shape)

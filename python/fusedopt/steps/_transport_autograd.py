@@ -49,7 +49,7 @@ class Value(torch.autograd.Function):
                 each = (potential + reg[:, None] / 2) * up[:, None]
                 if given.ndim == 1:  # one marginal for all problems
                     each = each.sum(0)
-                grads[i] = each.to(given.dtype)
+                grads[i] = each.to(given)  # a marginal may lie elsewhere than the cost
         return *grads, None, None, None, None, None
 
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from fusedopt import _C, _arrays, backends
 from fusedopt._threads import get_num_threads
 from fusedopt.references import sinkhorn_newton_sparse as reference
-from fusedopt.steps import _transport
+from fusedopt.steps import _transport, _transport_gpu
 from fusedopt.steps._transport import Problem, TransportResult
 from fusedopt.steps._transport_watch import Watch
 
@@ -55,14 +55,15 @@ def sinkhorn_newton_sparse(
         method: ``"sns"``: reg goes down in stages, each of a few Sinkhorn iterations and Newton
             steps on the plan's larger entries. ``"sinkhorn"``: over-relaxed Sinkhorn.
             ``"sns-paper"``: the paper's own schedule, on the reference backend only.
-        backend: ``"cpu"``, ``"reference"``, or ``None``: by where the cost is.
+        backend: ``"cpu"``, ``"cuda"``, ``"reference"``, or ``None``: by where the cost is. On a GPU
+            the cost is a torch tensor; the solve is one launch, after which its outcome is read.
         callback: called after every iteration with its ``TraceStep``, for a batch or list also with
             the problem's index; the problem ends there if it returns something true. Of a batch on
-            several threads, problems take turns. What it raises ends everything.
-        progress: show a progress bar of iterations (``tqdm``).
+            several threads, problems take turns. What it raises ends everything. On the CPU only.
+        progress: show a progress bar of iterations (``tqdm``); on the CPU only.
         low_memory: work with at most one array of the cost's size (in float64) beside the cost,
             without it at most two; Newton's system then holds at most half of the plan. What does
-            not grow with ``n m`` comes on top: about 2 kB a row and column.
+            not grow with ``n m`` comes on top: about 2 kB a row and column. On the CPU only.
 
     Returns:
         A ``TransportResult``. With respect to those of ``cost``, ``a`` and ``b`` that are torch
@@ -107,6 +108,7 @@ def _solve(
     """One matrix or one batch; ``index``: where it stands in a list."""
     given = _transport.problem(cost, a, b, reg)
     name = backends.choose(OPERATION, backend, [cost])
+    _transport.check_device(cost, name)
     if method == "sns-paper" and name != "reference":
         raise ValueError(f"method 'sns-paper' runs on backend 'reference' only, not on {name!r}")
     extra: dict[str, Any] = {}
@@ -152,6 +154,7 @@ def _step(
 ) -> TransportResult:
     given = _transport.problem(cost, a, b, reg)
     name = backends.choose(operation, backend, [cost])
+    _transport.check_device(cost, name)
     start = _start(given, None, g)
     if start is None:
         start = np.where(given.b > 0, 0.0, -np.inf)
@@ -231,7 +234,7 @@ def _potential(
     return array
 
 
-Solved = tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]  # f, g, facts, trace
+Solved = tuple[Any, Any, NDArray[Any], Any]  # f, g, facts, trace; tensors where the cost is on a GPU
 
 
 _TRACE_BYTES = 1 << 24  # of a batch; beyond it traces end early
@@ -401,18 +404,26 @@ def _with_gradients(
 
     torch = sys.modules["torch"]
     tensors = [x if _transport.is_torch(x) else None for x in (cost, a, b)]
-    first, second, reg, value = (torch.from_numpy(x) for x in (f, g, given.reg, values))
+    device = cost.device if _transport.is_torch(cost) else "cpu"
+    first, second, reg, value = (
+        torch.as_tensor(x, device=device) for x in (f, g, given.reg, values)
+    )
     graded = Value.apply(*tensors, first, second, reg, value, given.batched)
     return graded, *Potentials.apply(*tensors, first, second, given, _ADJOINTS.get(backend))
 
 
-_LAUNCHERS = {"cpu": _launch_cpu, "reference": _launch_reference}
+_LAUNCHERS = {
+    "cpu": _launch_cpu,
+    "cuda": _transport_gpu.launch_cuda,
+    "reference": _launch_reference,
+}
+_STEPS = {name: _LAUNCHERS[name] for name in ("cpu", "cuda")}
 OPERATION = backends.register(
     backends.Operation("sinkhorn_newton_sparse", _LAUNCHERS, _transport.DTYPES)
 )
 SINKHORN_STEP = backends.register(
-    backends.Operation("sinkhorn_step", {"cpu": _launch_cpu}, _transport.DTYPES)
+    backends.Operation("sinkhorn_step", _STEPS, _transport.DTYPES)
 )
 SNS_NEWTON_STEP = backends.register(
-    backends.Operation("sns_newton_step", {"cpu": _launch_cpu}, _transport.DTYPES)
+    backends.Operation("sns_newton_step", _STEPS, _transport.DTYPES)
 )
