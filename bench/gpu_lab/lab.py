@@ -71,13 +71,13 @@ def plan(out: Path, dry: bool, device: dict[str, str]) -> list[Step]:
 
     return [
         Step("machine", _machine_command(dry), 10, path),
-        Step("build", _build_command(dry), 100, {**path, **_build_env(device)}),
-        Step("tests", _test_command(dry, ["tests", f"--ignore-glob={_TRITON}"]), 75, path),
-        Step("triton tests", _test_command(dry, sorted(map(str, _ROOT.glob(_TRITON)))), 60, path),
+        Step("build", _build_command(dry), 110, {**path, **_build_env(device)}),
+        Step("tests", _test_command(dry, ["tests", f"--ignore-glob={_TRITON}"]), 70, path),
+        Step("triton tests", _test_command(dry, sorted(map(str, _ROOT.glob(_TRITON)))), 45, path),
         Step("graph", [*job, "graph", *rest], 20, path),
         *(Step(name, partial(bench, name), s, path) for name, s in BENCHMARKS.items()),
-        Step("memcheck", [*_sanitizer("memcheck", dry), *job, "sanitize", *rest], 50, no_cache),
-        Step("racecheck", [*_sanitizer("racecheck", dry), *job, "sanitize", *rest], 50, no_cache),
+        Step("memcheck", [*_sanitizer("memcheck", dry), *job, "sanitize", *rest], 35, no_cache),
+        Step("racecheck", [*_sanitizer("racecheck", dry), *job, "sanitize", *rest], 35, no_cache),
     ]
 
 
@@ -177,7 +177,8 @@ def summary(record: dict[str, Any], outcomes: Sequence[Outcome]) -> str:
 
 
 def _verdicts(measured: dict[str, Any]) -> list[str]:
-    lines = [f"copy: {measured['copy_gb_per_s']:.0f} GB/s"]
+    rate = measured["copy_gb_per_s"]
+    lines = [f"copy: {rate:.0f} GB/s"] if rate else []
     for goal in measured["goals"]:
         value = "not measured" if goal["value"] is None else f"{goal['value']:.2f}"
         verdict = {True: "reached", False: "missed", None: ""}[goal["reached"]]

@@ -42,11 +42,15 @@ class NamedOptimizerPeer:
 
 @dataclass(frozen=True)
 class MatrixFunctionPeer:
-    """A function of one matrix or a batch of them; ``precision`` is what it computes in."""
+    """A function of one matrix or a batch of them; ``precision`` is what it computes in.
+
+    ``coefficients``: by the names that ``fusedopt.newton_schulz`` has for them.
+    """
 
     name: str
     call: Callable[[torch.Tensor], torch.Tensor]
     precision: str
+    coefficients: str = "jordan"
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from bench.peers import (
     require_parameter_dtype,
 )
 
-_JORDAN = (3.4445, -4.7750, 2.0315)
+JORDAN = (3.4445, -4.7750, 2.0315)
 
 
 def _adamw(name: str, **mode: Any) -> OptimizerPeer:
@@ -51,7 +51,7 @@ def newton_schulz() -> list[MatrixFunctionPeer]:
 
     def muon(g: torch.Tensor) -> torch.Tensor:
         matrices = g.reshape(-1, *g.shape[-2:])
-        return torch.stack([_zeropower_via_newtonschulz(x, _JORDAN, 5, 1e-7) for x in matrices])
+        return torch.stack([_zeropower_via_newtonschulz(x, JORDAN, 5, 1e-7) for x in matrices])
 
     return [
         MatrixFunctionPeer("torch Muon's", muon, "bf16"),
@@ -61,8 +61,18 @@ def newton_schulz() -> list[MatrixFunctionPeer]:
     ]
 
 
+def newton_schulz_gpu() -> list[MatrixFunctionPeer]:
+    """Muon's own, and Jordan's five lines in bfloat16, as they are and compiled."""
+    compiled = torch.compile(_five_lines)
+    return [
+        newton_schulz()[0],
+        MatrixFunctionPeer("torch plain bf16", lambda g: _five_lines(g.bfloat16()), "bf16"),
+        MatrixFunctionPeer("torch.compile bf16", lambda g: compiled(g.bfloat16()), "bf16"),
+    ]
+
+
 def _five_lines(g: torch.Tensor) -> torch.Tensor:
-    a, b, c = _JORDAN
+    a, b, c = JORDAN
     x = g.mT if g.size(-2) > g.size(-1) else g
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(5):
