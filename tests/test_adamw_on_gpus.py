@@ -191,6 +191,29 @@ def test_numbers_of_each_of_many_tensors(case, amsgrad):
 
 
 @fake
+@needs_fma
+@pytest.mark.parametrize("capturable", [False, True])
+def test_groups_that_differ_in_lr_and_in_something_else(capturable):
+    """Each tensor has its lr, and brings it itself: what else differs must not be its neighbour's."""
+    others = [{}, {"betas": (0.7, 0.95)}, {"betas": (0.8, 0.9)}, {"eps": 0.1}, {"maximize": True}]
+
+    def train():
+        groups = [
+            {"params": parameters((5,), seed=i), "lr": 0.01 * (i + 1), **others[i // 4]}
+            for i in range(4 * len(others))
+        ]
+        optimizer = AdamW(groups, **OPTIONS, capturable=capturable)
+        for t in range(3):
+            set_grads(optimizer, draw(params_of(optimizer), seed=t + 1))
+            optimizer.step()
+        return snapshot(optimizer)
+
+    ours = train()
+    with fake_gpu.on_host():
+        assert ours == train()
+
+
+@fake
 @pytest.mark.device_numbers
 @pytest.mark.parametrize("counted", [True, False])
 def test_found_inf_leaves_everything_alone(counted):

@@ -526,6 +526,15 @@ def test_scalars_per_row(library):
     check(library, rows, lr=lr, weight_decay=decay, step=[1 + i % 100 for i in range(len(rows))])
 
 
+def test_rates_of_each_and_few_steps(library):
+    """Rows carry their rates then; what few of them differ in does not travel with each."""
+    rng = np.random.default_rng(0)
+    rows = [make_row(rng, 40, (F32,) * 4) for _ in range(60)]
+    check(
+        library, rows, lr=list(rng.uniform(0.001, 0.1, 60)), step=[3 + i // 20 for i in range(60)]
+    )
+
+
 def test_mixed_list(library, seed):
     """Formats, layouts and rows with and without maxima in any order."""
     rng = np.random.default_rng(seed)
