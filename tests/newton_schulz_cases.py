@@ -69,6 +69,11 @@ FAMILIES = {
     "batch": lambda: gauss(3, 2, 20, 30),
 }
 INPUTS = {name: make().astype(np.float32) for name, make in FAMILIES.items()}
+FEW = [  # where tensor cores are emulated
+    *("wide", "square", "37 x 101", "1001 x 3", "rank 1", "all ones", "rank n/2", "equal rows"),
+    *("positive mean", "zero rows", "1 x 1", "1e-38", "1e38", "rows over 24 decades"),
+    *("condition 1e8", "spike", "symmetric", "batch"),
+]
 
 
 def rounded(x, dtype):

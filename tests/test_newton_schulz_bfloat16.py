@@ -30,7 +30,9 @@ def library(tmp_path_factory):
 
 def run(library, g, coefficients="jordan", form="standard", threads=1, out=None):
     """Every matrix of a bfloat16 array."""
-    steps = schedules.make(coefficients, 5, form, "bfloat16", "bfloat16").steps
+    schedule = schedules.make(coefficients, 5, form, "bfloat16", "bfloat16", diagonals_apart=True)
+    assert schedule.arithmetic == "bfloat16"
+    steps = schedule.steps
     numbers = np.array(steps, np.float64)
     result = np.empty_like(g) if out is None else out
     for index in np.ndindex(g.shape[:-2]):

@@ -18,15 +18,20 @@ namespace {
 
 using Steps = std::vector<std::tuple<double, double, double, bool>>;
 
-NewtonSchulzSchedule schedule_of(const Steps& steps, double gram_from, const std::string& dtype) {
+DType floating_dtype(const std::string& name, const char* argument) {
   static const std::pair<const char*, DType> kNames[] = {{"float32", DType::kFloat32},
                                                          {"float64", DType::kFloat64},
                                                          {"bfloat16", DType::kBFloat16},
                                                          {"float16", DType::kFloat16}};
-  NewtonSchulzSchedule schedule = {{}, gram_from, DType::kInt32};
-  for (const auto& [name, value] : kNames)
-    if (dtype == name) schedule.dtype = value;
-  if (!is_floating(schedule.dtype)) throw py::value_error("dtype is '" + dtype + "', expected a floating one");
+  for (const auto& [known, dtype] : kNames)
+    if (name == known) return dtype;
+  throw py::value_error(std::string(argument) + " is '" + name + "', expected a floating one");
+}
+
+NewtonSchulzSchedule schedule_of(const Steps& steps, double gram_from, const std::string& dtype,
+                                 const std::string& arithmetic) {
+  NewtonSchulzSchedule schedule = {
+      {}, gram_from, floating_dtype(dtype, "dtype"), floating_dtype(arithmetic, "arithmetic")};
   for (const auto& [a, b, c, restart] : steps) schedule.steps.push_back({a, b, c, restart});
   return schedule;
 }
@@ -137,7 +142,7 @@ class NewtonSchulzPlan {
 void bind_newton_schulz(py::module_& module) {
   using namespace py::literals;
   py::class_<NewtonSchulzSchedule>(module, "NewtonSchulzSchedule")
-      .def(py::init(&schedule_of), "steps"_a, "gram_from"_a, "dtype"_a);
+      .def(py::init(&schedule_of), "steps"_a, "gram_from"_a, "dtype"_a, "arithmetic"_a);
   py::class_<NewtonSchulzPlan>(module, "NewtonSchulzPlan")
       .def(py::init<>())
       .def("run", &NewtonSchulzPlan::run, "G"_a, "result"_a, "schedule"_a, "threads"_a)

@@ -19,8 +19,8 @@ struct NewtonSchulzSchedule {
   std::vector<NewtonSchulzStep> steps;
   double gram_from;  // matrices whose long side is at least this many times the short one iterate on the Gram matrix;
                      // 0: all, infinity: none
-  DType dtype;  // each matrix is rounded to it first, scaled by a power of two; the CPU then computes in float64 for
-                // float64, in float32 for all others
+  DType dtype;       // each matrix is rounded to it first, scaled by a power of two
+  DType arithmetic = dtype;  // what products read and write; a CPU that does not multiply it computes in float32
 
   bool gram(int64_t rows, int64_t columns) const {
     const int64_t shorter = rows < columns ? rows : columns, longer = rows < columns ? columns : rows;

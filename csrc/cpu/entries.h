@@ -14,7 +14,7 @@ void blockwise_adam_update(const TensorTable& table, const AdamWScalars<double>*
                            int64_t begin, int64_t end);
 
 void newton_schulz(const NewtonSchulzTask& task, void* workspace, int threads);
-int64_t newton_schulz_bytes(int64_t rows, int64_t columns, DType dtype, bool gram);
+int64_t newton_schulz_bytes(int64_t rows, int64_t columns, DType arithmetic, bool gram);
 void muon_before(const MuonWave& wave, int64_t begin, int64_t end);
 void normuon_sums(const MuonWave& wave, int64_t begin, int64_t end);
 void normuon_scales(const MuonWave& wave, int64_t begin, int64_t end);

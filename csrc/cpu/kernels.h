@@ -28,7 +28,7 @@ struct CpuKernels {
                                 int64_t begin, int64_t end);
   // One matrix that is not empty, and the size of its workspace.
   void (*newton_schulz)(const NewtonSchulzTask& task, void* workspace, int threads);
-  int64_t (*newton_schulz_bytes)(int64_t rows, int64_t columns, DType dtype, bool gram);
+  int64_t (*newton_schulz_bytes)(int64_t rows, int64_t columns, DType arithmetic, bool gram);
   // The passes of cpu/muon.cpp; ranges are of a wave's elements, of its lines of statistics and of its matrices.
   void (*muon_before)(const MuonWave& wave, int64_t begin, int64_t end);
   void (*normuon_sums)(const MuonWave& wave, int64_t begin, int64_t end);
@@ -50,7 +50,7 @@ struct CpuKernels {
 
 namespace avx512_bf16 {  // beside avx512's
 void newton_schulz(const NewtonSchulzTask& task, void* workspace, int threads);
-int64_t newton_schulz_bytes(int64_t rows, int64_t columns, DType dtype, bool gram);
+int64_t newton_schulz_bytes(int64_t rows, int64_t columns, DType arithmetic, bool gram);
 }  // namespace avx512_bf16
 namespace avx512 {
 extern const CpuKernels kernels;

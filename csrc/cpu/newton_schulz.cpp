@@ -297,25 +297,25 @@ class Iteration {
 
 // Calls f(a number of the type that a matrix is computed in).
 template <typename F>
-auto with_operand(int64_t shorter, DType dtype, const F& f) {
+auto with_operand(int64_t shorter, DType arithmetic, const F& f) {
   // With a few rows one singular value may be all there is, and rounding is not averaged: double costs nothing there.
-  if (dtype == DType::kFloat64 || shorter <= 8) return f(double());
+  if (arithmetic == DType::kFloat64 || shorter <= 8) return f(double());
 #if defined(__AVX512BF16__)
-  if (dtype == DType::kBFloat16) return f(Brain());
+  if (arithmetic == DType::kBFloat16) return f(Brain());
 #endif
   return f(float());
 }
 
 }  // namespace
 
-int64_t newton_schulz_bytes(int64_t rows, int64_t columns, DType dtype, bool gram) {
+int64_t newton_schulz_bytes(int64_t rows, int64_t columns, DType arithmetic, bool gram) {
   const int64_t n = rows < columns ? rows : columns, m = rows < columns ? columns : rows;
-  return with_operand(n, dtype, [&](auto x) { return Buffers<decltype(x)>(n, m, gram, nullptr).bytes; });
+  return with_operand(n, arithmetic, [&](auto x) { return Buffers<decltype(x)>(n, m, gram, nullptr).bytes; });
 }
 
 void newton_schulz(const NewtonSchulzTask& task, void* workspace, int threads) {
   const NewtonSchulzMatrix& g = *task.matrix;
-  with_operand(g.rows < g.columns ? g.rows : g.columns, task.dtype,
+  with_operand(g.rows < g.columns ? g.rows : g.columns, task.arithmetic,
                [&](auto x) { Iteration<decltype(x)>(task, static_cast<char*>(workspace), threads).run(); });
 }
 

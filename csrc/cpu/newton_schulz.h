@@ -10,7 +10,7 @@ struct NewtonSchulzTask {
   const NewtonSchulzStep* steps;
   int64_t count;  // of steps
   bool gram;
-  DType dtype;
+  DType dtype, arithmetic;  // as in the schedule
 };
 
 namespace cpu {

@@ -9,8 +9,9 @@ namespace fusedopt::cpu {
 namespace {
 
 NewtonSchulzTask task_of(const NewtonSchulzMatrix& matrix, const NewtonSchulzSchedule& schedule) {
-  return {&matrix, schedule.steps.data(), int64_t(schedule.steps.size()), schedule.gram(matrix.rows, matrix.columns),
-          schedule.dtype};
+  return {
+      &matrix,        schedule.steps.data(), int64_t(schedule.steps.size()), schedule.gram(matrix.rows, matrix.columns),
+      schedule.dtype, schedule.arithmetic};
 }
 
 bool is_empty(const NewtonSchulzMatrix& matrix) { return matrix.rows == 0 || matrix.columns == 0; }
@@ -30,7 +31,7 @@ struct Sizes {
     for (int64_t i = 0; i < count; ++i) {
       const NewtonSchulzMatrix& matrix = matrices[i];
       if (is_empty(matrix)) continue;
-      const int64_t bytes = cpu_kernels().newton_schulz_bytes(matrix.rows, matrix.columns, schedule.dtype,
+      const int64_t bytes = cpu_kernels().newton_schulz_bytes(matrix.rows, matrix.columns, schedule.arithmetic,
                                                               schedule.gram(matrix.rows, matrix.columns));
       int64_t& largest = is_small(matrix) ? small : large;
       if (bytes > largest) largest = bytes;

@@ -54,7 +54,6 @@ def transport_solve(
     lanes: int,
     threads: int,
 ) -> None: ...
-
 def transport_gpu_workspace_bytes(problems: int, n: int, m: int) -> int: ...
 def transport_solve_on_gpu(
     cost: Any,
@@ -124,7 +123,11 @@ class AdamWPlan(AdamPlan):
 
 class NewtonSchulzSchedule:
     def __init__(
-        self, steps: Sequence[tuple[float, float, float, bool]], gram_from: float, dtype: str
+        self,
+        steps: Sequence[tuple[float, float, float, bool]],
+        gram_from: float,
+        dtype: str,
+        arithmetic: str,
     ) -> None: ...
 
 class NewtonSchulzPlan:

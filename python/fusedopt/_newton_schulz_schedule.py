@@ -43,18 +43,34 @@ COEFFICIENTS: dict[str, tuple[Triple, ...]] = {
     ),
 }
 
-# Where products in half precision compute X anew, counting steps from 0; (1, 3) for all others.
-# float32 needs no restart.
-_RESTARTS: dict[tuple[str, str], tuple[int, ...]] = {
-    ("jordan", "float16"): (3,),
-    ("you", "float16"): (2,),
-    ("you", "bfloat16"): (2, 4),
-}
 METHODS = ("standard", "gram", "auto")
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
-# From this aspect on "auto" takes the Gram form, where the input is rounded to half precision
-# anyway. Beside that rounding the Gram form's own in float32 is nothing.
+_HALF = ("bfloat16", "float16")
+
+# Where the Gram form holds in half precision, and the steps, counting from 0, before which it
+# computes X anew: those of up to three whose error, emulated over the inputs of the numerics
+# contract, positive-mean, all-ones and rank-1 ones among them, is at most twice the standard
+# form's (three times for those named), beside one rounding of the result. With everything rounded
+# none were found for bfloat16, nor for the other coefficients: one coherent rounding of the Gram
+# matrix is too much for them. float32 needs no restart.
+_GRAM_RESTARTS: dict[tuple[str, str], tuple[int, ...]] = {
+    ("jordan", "float16"): (2, 3),
+    ("you", "float16"): (2, 4),
+}
+# The same where the squares' diagonals stay in float32, as on CPUs that multiply bfloat16.
+_GRAM_RESTARTS_APART: dict[tuple[str, str], tuple[int, ...]] = {
+    ("jordan", "bfloat16"): (1, 3),
+    ("polar_express", "bfloat16"): (1, 3),
+    ("you", "bfloat16"): (2, 4),
+    ("cubic", "bfloat16"): (1, 3),
+}
+_GRAM_STEPS = 5  # that they were tried with
+
+# The aspect from which "auto" takes the Gram form: where products in half precision allow it, and
+# where wider ones do and the input is rounded to half precision anyway, beside which the Gram
+# form's own error in float32 is nothing.
+_GRAM_FROM_HALF = 2.0
 _GRAM_FROM = 1.5
 
 
@@ -64,10 +80,11 @@ class Schedule(NamedTuple):
     steps: tuple[tuple[float, float, float, bool], ...]
     gram_from: float
     dtype: str
+    arithmetic: str
 
     def compiled(self) -> _C.NewtonSchulzSchedule:
         """The same for the extension module."""
-        return _C.NewtonSchulzSchedule(self.steps, self.gram_from, self.dtype)
+        return _C.NewtonSchulzSchedule(*self)
 
 
 def arithmetic(backend: str, dtype: str) -> str:
@@ -85,13 +102,18 @@ def make(
     dtype: str,
     arithmetic: str,
     restarts: Sequence[int] | None = None,
+    *,
+    diagonals_apart: bool = False,
 ) -> Schedule:
     """The checked schedule.
 
     Args:
         coefficients, steps, method, restarts: as in ``newton_schulz``.
         dtype: what the input is rounded to.
-        arithmetic: the dtype of what the backend's products read and write.
+        arithmetic: the dtype of what the backend's products read and write. The Gram form in half
+            precision becomes one in float32 where its accuracy there is not known, unless restarts
+            are given.
+        diagonals_apart: of the backend's squares in half precision, in float32.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
@@ -105,26 +127,34 @@ def make(
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
     triples = _triples(coefficients, steps)
-    if restarts is None:
-        restarts = _restarts(coefficients, arithmetic)
-    elif any(not 0 < r < steps for r in restarts):
-        raise ValueError(f"restarts is {restarts!r}, expected steps from 1 to {steps - 1}")
-    from_aspect = {"standard": math.inf, "gram": 0.0}
-    finer = dtype in _HALF and arithmetic not in _HALF
-    gram_from = from_aspect.get(method, _GRAM_FROM if finer else math.inf)
+    half = arithmetic in _HALF
+    proven = _proven_restarts(triples, arithmetic, diagonals_apart)
+    if restarts is not None:
+        if any(not 0 < r < steps for r in restarts):
+            raise ValueError(f"restarts is {restarts!r}, expected steps from 1 to {steps - 1}")
+    elif half and method == "gram" and not proven:
+        arithmetic, restarts = "float32", ()
+    else:
+        restarts = proven
+    from_aspect = {"standard": math.inf, "gram": 0.0, "auto": math.inf}
+    if half and proven:
+        from_aspect["auto"] = _GRAM_FROM_HALF
+    elif dtype in _HALF and not half:
+        from_aspect["auto"] = _GRAM_FROM
     return Schedule(
-        tuple((*triple, i in restarts) for i, triple in enumerate(triples)), gram_from, dtype
+        tuple((*triple, i in restarts) for i, triple in enumerate(triples)),
+        from_aspect[method],
+        dtype,
+        arithmetic,
     )
 
 
-_HALF = ("bfloat16", "float16")
-
-
-def _restarts(coefficients: Any, arithmetic: str) -> tuple[int, ...]:
-    if arithmetic not in _HALF:
-        return ()
-    name = coefficients if isinstance(coefficients, str) else ""
-    return _RESTARTS.get((name, arithmetic), (1, 3))
+def _proven_restarts(triples: list[Triple], arithmetic: str, apart: bool) -> tuple[int, ...]:
+    """Empty where none are known, or none needed."""
+    for (name, dtype), restarts in (_GRAM_RESTARTS_APART if apart else _GRAM_RESTARTS).items():
+        if dtype == arithmetic and triples == _triples(name, _GRAM_STEPS):
+            return restarts
+    return ()
 
 
 def _triples(coefficients: str | Sequence[Any], steps: int) -> list[Triple]:

@@ -2,6 +2,7 @@
 // instruction demands (alignment, shared memory, all lanes present) and ends the launch otherwise.
 #pragma once
 #include "device_functions.h"
+#include "math/storage.h"
 
 namespace cuda_host {
 
@@ -11,13 +12,7 @@ inline void check_shared(const void* address, const char* what) {
 }
 
 inline double bf16_value(uint32_t bits) { return double(from_bits<float>(bits << 16)); }
-inline double fp16_value(uint32_t bits) {
-  const int exponent = bits >> 10 & 0x1f, fraction = bits & 0x3ff;
-  const double size = exponent == 0x1f ? (fraction ? NAN : INFINITY)
-                      : exponent == 0  ? std::ldexp(fraction, -24)
-                                       : std::ldexp(fraction + 0x400, exponent - 25);
-  return bits & 0x8000 ? -size : size;
-}
+inline double fp16_value(uint32_t bits) { return fusedopt::FUSEDOPT_TARGET::fp16_to_float(uint16_t(bits)); }
 
 // Tensor cores add exact products in fp32 and truncate (Fasi et al., PeerJ CS 2021). Here the sum
 // is exact too: a GPU's may differ in the last bits, so tests of it need a tolerance.
@@ -45,13 +40,16 @@ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
   gather(b_of, b);
   const auto half = [&](uint32_t two, int k) { return decode(k % 2 ? two >> 16 : two & 0xffff); };
   const int g = lane_id() / 4, t = lane_id() % 4;
-  for (int i = 0; i < 4; ++i) {
-    const int row_half = i / 2, column = 2 * t + i % 2;
-    double sum = d[i];
+  double row[2][16], column[2][16];  // g and g + 8 of a, 2 t and 2 t + 1 of b
+  for (int i = 0; i < 2; ++i)
     for (int k = 0; k < 16; ++k) {
       const int lane_of_k = k % 8 / 2;
-      sum += half(a_of[row_half + 2 * (k / 8)][4 * g + lane_of_k], k) * half(b_of[k / 8][4 * column + lane_of_k], k);
+      row[i][k] = half(a_of[i + 2 * (k / 8)][4 * g + lane_of_k], k);
+      column[i][k] = half(b_of[k / 8][4 * (2 * t + i) + lane_of_k], k);
     }
+  for (int i = 0; i < 4; ++i) {
+    double sum = d[i];
+    for (int k = 0; k < 16; ++k) sum += row[i / 2][k] * column[i % 2][k];
     d[i] = round_toward_zero(sum);
   }
 }
@@ -82,6 +80,13 @@ inline void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4], const uint3
 inline void mma_m16n8k16_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                              cuda_host::Site site = cuda_host::Site::here()) {
   cuda_host::mma_m16n8k16(d, a, b, cuda_host::fp16_value, site);
+}
+
+inline uint32_t pack_bf16(float low, float high) {
+  return uint32_t(FUSEDOPT_TARGET::float_to_bf16(high)) << 16 | FUSEDOPT_TARGET::float_to_bf16(low);
+}
+inline uint32_t pack_f16(float low, float high) {
+  return uint32_t(FUSEDOPT_TARGET::float_to_fp16(high)) << 16 | FUSEDOPT_TARGET::float_to_fp16(low);
 }
 
 inline void ldmatrix_x4(uint32_t (&r)[4], const void* row, cuda_host::Site site = cuda_host::Site::here()) {

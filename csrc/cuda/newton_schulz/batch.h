@@ -36,8 +36,8 @@ struct Finding {              // in a chunk of a matrix
   int64_t first_difference;   // i n + j of the first elements (i, j) and (j, i), i < j, that differ
 };
 
-inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-inline int64_t tiles_of(int64_t n) { return (n + kTile - 1) / kTile; }
+HOST_DEVICE inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+HOST_DEVICE inline int64_t tiles_of(int64_t n) { return (n + kTile - 1) / kTile; }
 
 // Codec: how the products' operands lie in memory. S: what they are added up in.
 template <typename Codec>
@@ -73,13 +73,13 @@ struct Batch {
     take(sums, count * tiles());
   }
 
-  int64_t x_size() const { return n * x_stride; }
-  int64_t square_size() const { return n * square_stride; }
-  int64_t chunks() const {
+  HOST_DEVICE int64_t x_size() const { return n * x_stride; }
+  HOST_DEVICE int64_t square_size() const { return n * square_stride; }
+  HOST_DEVICE int64_t chunks() const {
     const int64_t wanted = (n * m + kChunk - 1) / kChunk;
     return wanted < kMaxChunks ? wanted : kMaxChunks;
   }
-  int64_t tiles() const { return tiles_of(n) * tiles_of(m); }
+  HOST_DEVICE int64_t tiles() const { return tiles_of(n) * tiles_of(m); }
 };
 
 }  // namespace fusedopt::cuda

@@ -1,7 +1,7 @@
 // Products in float32 and float64 by fma: out = alpha A B + beta C.
 //
-// A thread block of 64 threads makes a tile of 64 x 64, 8 x 8 a thread, in steps of 64 bytes along the depth K; while one
-// step is multiplied in shared memory, the next is on its way to registers. Every sum runs along the depth in order. Per
+// A thread block makes a tile of 64 x 64, 8 x 8 a thread (8 x 4 in float64), in steps of 32 bytes along the depth K; while
+// one step is multiplied in shared memory, the next is on its way to registers. Every sum runs along the depth in order. Per
 // tile 2 * 64^2 K flops and 512 K bytes in float32 (16 flops per byte from L2).
 //
 // A symmetric product has tiles on and below the diagonal only, 1/2 + 32/n of the whole's flops; each thread writes its
@@ -12,8 +12,12 @@
 namespace fusedopt::cuda {
 namespace {
 
-constexpr int kSide = 64, kPart = 4;  // a thread's rows: kPart from the tile's upper half, kPart from the lower; so columns
-constexpr int kThreads = 64;
+constexpr int kSide = 64;
+constexpr int kPart = 4;  // a thread's rows: so many from the tile's upper half, and from the lower
+template <typename S>
+constexpr int kColumns = sizeof(S) == 8 ? kPart : 2 * kPart;  // of a thread, from one half or from both
+template <typename S>
+constexpr int kThreads = kSide * kSide / (2 * kPart * kColumns<S>);
 
 // 16 bytes, as the machine loads and stores them.
 template <typename S>
@@ -36,8 +40,9 @@ struct Tile {
   using P = Product<Codec>;
   using S = typename P::S;
   static constexpr int kVector = Vector<S>::kSize;
-  static constexpr int kDepth = 64 / int(sizeof(S));
-  static constexpr int kVectors = kDepth / kVector;  // that a thread moves of each operand in a step
+  static constexpr int kDepth = 32 / int(sizeof(S));
+  static constexpr int kRows = 2 * kPart, kColumns = cuda::kColumns<S>, kThreads = cuda::kThreads<S>;
+  static constexpr int kVectors = kSide * kDepth / kVector / kThreads;  // that a thread moves of an operand in a step
   struct Stage {
     S a[kDepth][kSide], b[kDepth][kSide];
   };
@@ -46,36 +51,38 @@ struct Tile {
   Stage* const stages;  // two
   const int row0, column0;
   const int thread = threadIdx.x;
-  const int own_row = thread / 8 * kPart, own_column = thread % 8 * kPart;
-  S sum[2 * kPart][2 * kPart] = {};
+  const int own_row = thread / (kSide / kColumns) * kPart, own_column = thread % (kSide / kColumns) * kPart;
+  S sum[kRows][kColumns] = {};
   Vector<S> next_a[kVectors], next_b[kVectors];
 
   __device__ Tile(const P& product, Stage* memory, TilePlace place)
       : p(product), stages(memory), row0(place.row * kSide), column0(place.column * kSide) {}
 
-  // A thread's line of an operand, from k0 on; zeros beyond its end.
-  __device__ void fetch_line(Vector<S> (&to)[kVectors], const S* matrix, int64_t stride, int line, int lines,
-                             int k0) const {
+  // Where this thread's v-th vector of an operand is: in operands by lines along the depth, and in B of a full product,
+  // which lies by rows along the columns.
+  __device__ int line_of(int v) const { return (v * kThreads + thread) % kSide; }
+  __device__ int depth_of(int v) const { return (v * kThreads + thread) / kSide * kVector; }
+  __device__ int row_of(int v) const { return (v * kThreads + thread) / (kSide / kVector); }
+  __device__ int column_of(int v) const { return (v * kThreads + thread) % (kSide / kVector) * kVector; }
+
+  // Zeros where the operand has ended.
+  __device__ void fetch_lines(Vector<S> (&to)[kVectors], const S* matrix, int64_t stride, int line0, int lines,
+                              int k0) const {
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
       to[v] = Vector<S>{};
-      const int left = p.depth - k0 - v * kVector;
+      const int line = line0 + line_of(v), k = k0 + depth_of(v), left = p.depth - k;
       if (line >= lines || left <= 0) continue;
-      to[v] = load(matrix + line * stride + k0 + v * kVector);
+      to[v] = load(matrix + line * stride + k);
 #pragma unroll
       for (int i = 1; i < kVector; ++i)
         if (i >= left) to[v].at[i] = 0;
     }
   }
-  // B of a full product, which lies by rows along the columns: where this thread's v-th vector is from.
-  static constexpr int kAcross = kSide / kVector;
-  __device__ int row_of(int v) const { return (v * kThreads + thread) / kAcross; }
-  __device__ int column_of(int v) const { return (v * kThreads + thread) % kAcross * kVector; }
-
   __device__ void fetch(int k0) {
-    fetch_line(next_a, p.a, p.a_stride, row0 + thread, p.rows, k0);
+    fetch_lines(next_a, p.a, p.a_stride, row0, p.rows, k0);
     if constexpr (kSymmetric) {
-      fetch_line(next_b, p.b, p.b_stride, column0 + thread, p.columns, k0);
+      fetch_lines(next_b, p.b, p.b_stride, column0, p.columns, k0);
     } else {
 #pragma unroll
       for (int v = 0; v < kVectors; ++v) {
@@ -86,20 +93,20 @@ struct Tile {
   }
   __device__ void put(Stage& stage) const {
 #pragma unroll
-    for (int v = 0; v < kVectors; ++v)
+    for (int v = 0; v < kVectors; ++v) {
 #pragma unroll
       for (int i = 0; i < kVector; ++i) {
-        stage.a[v * kVector + i][thread] = next_a[v].at[i];
-        if constexpr (kSymmetric) stage.b[v * kVector + i][thread] = next_b[v].at[i];
+        stage.a[depth_of(v) + i][line_of(v)] = next_a[v].at[i];
+        if constexpr (kSymmetric) stage.b[depth_of(v) + i][line_of(v)] = next_b[v].at[i];
       }
-    if constexpr (!kSymmetric)
-#pragma unroll
-      for (int v = 0; v < kVectors; ++v) store(&stage.b[row_of(v)][column_of(v)], next_b[v]);
+      if constexpr (!kSymmetric) store(&stage.b[row_of(v)][column_of(v)], next_b[v]);
+    }
   }
 
-  __device__ static void read_parts(S (&to)[2 * kPart], const S* line) {
+  template <int kCount>
+  __device__ static void read_parts(S (&to)[kCount], const S* line) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half)
+    for (int half = 0; half < kCount / kPart; ++half)
 #pragma unroll
       for (int v = 0; v < kPart / kVector; ++v) {
         const Vector<S> vector = load(line + half * kSide / 2 + v * kVector);
@@ -110,13 +117,13 @@ struct Tile {
   __device__ void multiply(const Stage& stage) {
 #pragma unroll
     for (int k = 0; k < kDepth; ++k) {
-      S a[2 * kPart], b[2 * kPart];
+      S a[kRows], b[kColumns];
       read_parts(a, &stage.a[k][own_row]);
       read_parts(b, &stage.b[k][own_column]);
 #pragma unroll
-      for (int i = 0; i < 2 * kPart; ++i)
+      for (int i = 0; i < kRows; ++i)
 #pragma unroll
-        for (int j = 0; j < 2 * kPart; ++j) sum[i][j] = fma(a[i], b[j], sum[i][j]);
+        for (int j = 0; j < kColumns; ++j) sum[i][j] = fma(a[i], b[j], sum[i][j]);
     }
   }
 
@@ -141,9 +148,9 @@ struct Tile {
   // sum <- alpha sum + beta C.
   __device__ void finish() {
 #pragma unroll
-    for (int i = 0; i < 2 * kPart; ++i)
+    for (int i = 0; i < kRows; ++i)
 #pragma unroll
-      for (int j = 0; j < 2 * kPart; j += kVector) {
+      for (int j = 0; j < kColumns; j += kVector) {
         const bool inside = p.c && row_at(i) < p.rows && column_at(j) < p.columns;
         const Vector<S> c = inside ? load(p.c + row_at(i) * p.out_stride + column_at(j)) : Vector<S>{};
 #pragma unroll
@@ -152,9 +159,9 @@ struct Tile {
   }
   __device__ void store_direct() const {
 #pragma unroll
-    for (int i = 0; i < 2 * kPart; ++i)
+    for (int i = 0; i < kRows; ++i)
 #pragma unroll
-      for (int j = 0; j < 2 * kPart; j += kVector) {
+      for (int j = 0; j < kColumns; j += kVector) {
         if (row_at(i) >= p.rows || column_at(j) >= p.columns) continue;
         Vector<S> v;
 #pragma unroll
@@ -164,9 +171,9 @@ struct Tile {
   }
   __device__ void store_mirrored() const {
 #pragma unroll
-    for (int j = 0; j < 2 * kPart; ++j)
+    for (int j = 0; j < kColumns; ++j)
 #pragma unroll
-      for (int i = 0; i < 2 * kPart; i += kVector) {
+      for (int i = 0; i < kRows; i += kVector) {
         if (column_at(j) >= p.columns || row_at(i) >= p.rows) continue;
         Vector<S> v;
 #pragma unroll
@@ -176,9 +183,9 @@ struct Tile {
   }
   __device__ void store_lower_triangle() const {
 #pragma unroll
-    for (int i = 0; i < 2 * kPart; ++i)
+    for (int i = 0; i < kRows; ++i)
 #pragma unroll
-      for (int j = 0; j < 2 * kPart; ++j) {
+      for (int j = 0; j < kColumns; ++j) {
         if (row_at(i) < column_at(j) || row_at(i) >= p.rows) continue;
         p.out[row_at(i) * p.out_stride + column_at(j)] = sum[i][j];
         p.out[column_at(j) * p.out_stride + row_at(i)] = sum[i][j];
@@ -197,7 +204,8 @@ struct Tile {
 };
 
 template <typename Codec, bool kSymmetric>
-__global__ void __launch_bounds__(kThreads) fma_product_kernel(Product<Codec> product) {
+__global__ void __launch_bounds__(kThreads<typename Product<Codec>::S>)
+    fma_product_kernel(Product<Codec> product) {
   using T = Tile<Codec, kSymmetric>;
   __shared__ __align__(16) typename T::Stage stages[2];
   select_matrix(product, blockIdx.y);
@@ -210,7 +218,8 @@ template <typename Codec>
 Status launch_fma(const Product<Codec>& product, bool symmetric, int64_t count, cudaStream_t stream) {
   const auto kernel = symmetric ? fma_product_kernel<Codec, true> : fma_product_kernel<Codec, false>;
   return status_of(
-      launch(kernel, product_grid(product, symmetric, kSide, count), dim3(kThreads), 0, stream, product));
+      launch(kernel, product_grid(product, symmetric, kSide, count), dim3(kThreads<typename Product<Codec>::S>), 0, stream,
+             product));
 }
 
 }  // namespace

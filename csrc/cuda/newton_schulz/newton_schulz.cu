@@ -5,8 +5,8 @@
 //   Gram form: R = XX', Q = I; each step    Z = bR + cRR    Q <- aQ + QZ    R <- (aI + Z) R (aI + Z);   at last QX
 //
 // T steps are T (3 m n^2 + n^3) flops; in the Gram form 3 m n^2 + (4 T - 3) n^3, and each restart adds 3 (m - n) n^2.
-// Products read and write dtype's numbers and add up in float32 (float64 for float64); with float64 in the
-// workspace too where the short side has at most 8 elements. Launches: 4 and, for each step, 3; in the Gram form about 5.
+// Products read and write the schedule's arithmetic and add up in float32 (float64 for float64); all is float64 where the
+// short side has at most 8 elements. Launches: 4 and, for each step, 3; in the Gram form about 5.
 #define FUSEDOPT_TARGET cuda
 #include "cuda/newton_schulz.h"
 
@@ -23,15 +23,15 @@ namespace {
 
 constexpr int64_t kMaxElements = int64_t(1) << 26;  // of a batch, unless a matrix has more
 
-// With a few rows one singular value may be all there is, and rounding is not averaged: float64 costs little there.
-DType arithmetic_of(int64_t n, DType dtype) { return n <= 8 ? DType::kFloat64 : dtype; }
-
 struct Group {  // matrices that are launched together, by index
   int64_t n, m;
   bool gram;
   std::vector<int64_t> indices;
 
-  DType arithmetic(DType dtype) const { return arithmetic_of(n, dtype); }
+  // With a few rows one singular value may be all there is, and rounding is not averaged: float64 costs little there.
+  DType arithmetic(const NewtonSchulzSchedule& schedule) const {
+    return n <= 8 ? DType::kFloat64 : schedule.arithmetic;
+  }
 };
 
 std::vector<Group> groups_of(const NewtonSchulzMatrix* matrices, int64_t count, const NewtonSchulzSchedule& schedule) {
@@ -181,9 +181,9 @@ class Iteration {
   Status status_;
 };
 
-int64_t bytes_of(const Group& group, DType dtype) {
+int64_t bytes_of(const Group& group, const NewtonSchulzSchedule& schedule) {
   int64_t bytes = 0;
-  with_codec(group.arithmetic(dtype), [&](auto codec) {
+  with_codec(group.arithmetic(schedule), [&](auto codec) {
     bytes = Batch<decltype(codec)>(group.n, group.m, int64_t(group.indices.size()), group.gram, nullptr).bytes;
   });
   return bytes;
@@ -195,7 +195,7 @@ int64_t newton_schulz_workspace_bytes(const NewtonSchulzMatrix* matrices, int64_
                                       const NewtonSchulzSchedule& schedule) {
   int64_t largest = 0;
   for (const Group& group : groups_of(matrices, count, schedule))
-    largest = std::max(largest, bytes_of(group, schedule.dtype));
+    largest = std::max(largest, bytes_of(group, schedule));
   return largest;
 }
 
@@ -203,7 +203,7 @@ Status launch_newton_schulz(const NewtonSchulzMatrix* matrices, int64_t count, c
                             void* workspace, cudaStream_t stream) {
   Status status;
   for (const Group& group : groups_of(matrices, count, schedule)) {
-    with_codec(group.arithmetic(schedule.dtype), [&](auto codec) {
+    with_codec(group.arithmetic(schedule), [&](auto codec) {
       status = Iteration<decltype(codec)>(group, matrices, schedule, static_cast<char*>(workspace), stream).run();
     });
     if (!status) break;

@@ -132,6 +132,20 @@ __device__ Place place(int i, bool by_rows) {
   return by_rows ? Place{index / kTile, index % kTile} : Place{index % kTile, index / kTile};
 }
 
+// Rounded to dtype, as the workspace holds it: half precision is its own, wider numbers may have to have fewer bits.
+template <typename Codec, typename V>
+__device__ typename Codec::Stored rounded(V value, DType dtype) {
+  typename Codec::Stored result;
+  if constexpr (sizeof(result) == 2)
+    result = encode<Codec>(value);
+  else
+    with_codec(dtype, [&](auto rounding) {
+      using Rounding = decltype(rounding);
+      result = typename Codec::Stored(Rounding::decode(encode<Rounding>(value)));
+    });
+  return result;
+}
+
 template <typename Codec>
 struct LoadArguments {
   Batch<Codec> batch;
@@ -151,25 +165,14 @@ __device__ void read_tile(Square<typename Codec::Stored>& tile, const OuterMatri
     const auto* const in = static_cast<const typename Outer::Stored*>(g.data);
     // In two steps, since the power itself may be out of range.
     const V first = power_of_two<V>(exponent / 2), second = power_of_two<V>(exponent - exponent / 2);
-    const auto read_as = [&](auto rounding) {
-      using Rounding = decltype(rounding);
-      for (int i = 0; i < kPerThread; ++i) {
-        const Place at = place(i, by_rows);
-        const int64_t row = row0 + at.row, column = column0 + at.column;
-        V value = 0;
-        if (row < load.batch.n && column < load.batch.m)
-          value = finite ? Outer::decode(in[row * g.row + column * g.column]) * first * second : V(__builtin_nanf(""));
-        const auto stored = encode<Rounding>(value);
-        if constexpr (std::is_same_v<Rounding, Codec>)
-          tile.at[at.row][at.column] = stored;
-        else
-          tile.at[at.row][at.column] = Codec::encode(double(Rounding::decode(stored)));
-      }
-    };
-    if constexpr (Codec::kDType == DType::kFloat64)
-      with_codec(load.dtype, read_as);
-    else
-      read_as(Codec());
+    for (int i = 0; i < kPerThread; ++i) {
+      const Place at = place(i, by_rows);
+      const int64_t row = row0 + at.row, column = column0 + at.column;
+      V value = 0;
+      if (row < load.batch.n && column < load.batch.m)
+        value = finite ? Outer::decode(in[row * g.row + column * g.column]) * first * second : V(__builtin_nanf(""));
+      tile.at[at.row][at.column] = rounded<Codec>(value, load.dtype);
+    }
   });
 }
 

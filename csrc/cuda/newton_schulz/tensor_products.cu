@@ -61,6 +61,11 @@ __device__ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2
     mma_m16n8k16_f16(d, a, b);
 }
 
+template <typename Codec>
+__device__ uint32_t pack(float low, float high) {
+  return Codec::kDType == DType::kBFloat16 ? pack_bf16(low, high) : pack_f16(low, high);
+}
+
 template <typename Codec, int kSide, bool kSymmetric>
 struct Tile {
   using P = Product<Codec>;
@@ -74,9 +79,14 @@ struct Tile {
   const int warp_row = warp / Form::kWarpsAcross * Form::kWarpRows;
   const int warp_column = warp % Form::kWarpsAcross * Form::kWarpColumns;
   float sum[kDown][kAcross][4] = {};
+  uint32_t rounded[kDown][kAcross][2];
 
   __device__ Tile(const P& product, uint16_t* memory, TilePlace place)
       : p(product), shared(memory), row0(place.row * kSide), column0(place.column * kSide) {}
+
+  // Where in the tile this thread's results are.
+  __device__ int row_of(int i, int half) const { return warp_row + 16 * i + 8 * half + lane / 4; }
+  __device__ int column_of(int j) const { return warp_column + 8 * j + lane % 4 * 2; }
 
   __device__ uint16_t* a_stage(int step) const { return shared + step % kStages * 2 * Form::kOperand; }
   __device__ uint16_t* b_stage(int step) const { return a_stage(step) + Form::kOperand; }
@@ -137,20 +147,7 @@ struct Tile {
     __syncthreads();
   }
 
-  // Calls body(row, column, pair of results) for this thread's part of the tile.
-  template <typename Body>
-  __device__ void for_pairs(const Body& body) const {
-#pragma unroll
-    for (int i = 0; i < kDown; ++i)
-#pragma unroll
-      for (int j = 0; j < kAcross; ++j)
-#pragma unroll
-        for (int half = 0; half < 2; ++half)
-          body(warp_row + 16 * i + 8 * half + lane / 4, warp_column + 8 * j + lane % 4 * 2, sum[i][j][2 * half],
-               sum[i][j][2 * half + 1]);
-  }
-
-  // sum <- alpha sum + beta C.
+  // alpha sum + beta C, rounded.
   __device__ void finish() {
 #pragma unroll
     for (int i = 0; i < kDown; ++i)
@@ -158,15 +155,14 @@ struct Tile {
       for (int j = 0; j < kAcross; ++j)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const int row = row0 + warp_row + 16 * i + 8 * half + lane / 4;
-          const int column = column0 + warp_column + 8 * j + lane % 4 * 2;
+          const int row = row0 + row_of(i, half), column = column0 + column_of(j);
           float c0 = 0, c1 = 0;
           if (p.c && row < p.rows && column < p.columns) {
             const uint32_t two = *reinterpret_cast<const uint32_t*>(p.c + row * p.out_stride + column);
             c0 = p.beta * Codec::decode(uint16_t(two)), c1 = p.beta * Codec::decode(uint16_t(two >> 16));
           }
-          sum[i][j][2 * half] = fma(p.alpha, sum[i][j][2 * half], c0);
-          sum[i][j][2 * half + 1] = fma(p.alpha, sum[i][j][2 * half + 1], c1);
+          rounded[i][j][half] = pack<Codec>(fma(p.alpha, sum[i][j][2 * half], c0),
+                                            fma(p.alpha, sum[i][j][2 * half + 1], c1));
         }
   }
 
@@ -183,26 +179,36 @@ struct Tile {
     }
   }
 
+  // Calls body(row, column, results at column and column + 1) for this thread's part of the tile.
+  template <typename Body>
+  __device__ void for_pairs(const Body& body) const {
+#pragma unroll
+    for (int i = 0; i < kDown; ++i)
+#pragma unroll
+      for (int j = 0; j < kAcross; ++j)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) body(row_of(i, half), column_of(j), rounded[i][j][half]);
+  }
   __device__ void stage_direct() const {
-    for_pairs([&](int row, int column, float x, float y) {
-      *reinterpret_cast<uint32_t*>(shared + row * Form::kOutStride + column) =
-          uint32_t(Codec::encode(y)) << 16 | Codec::encode(x);
+    for_pairs([&](int row, int column, uint32_t two) {
+      *reinterpret_cast<uint32_t*>(shared + row * Form::kOutStride + column) = two;
     });
   }
   __device__ void stage_mirrored() const {
-    for_pairs([&](int row, int column, float x, float y) {
-      shared[column * Form::kOutStride + row] = Codec::encode(x);
-      shared[(column + 1) * Form::kOutStride + row] = Codec::encode(y);
+    for_pairs([&](int row, int column, uint32_t two) {
+      shared[column * Form::kOutStride + row] = uint16_t(two);
+      shared[(column + 1) * Form::kOutStride + row] = uint16_t(two >> 16);
     });
   }
   __device__ void stage_lower_triangle() const {
-    for_pairs([&](int row, int column, float x, float y) {
-      const uint16_t two[2] = {Codec::encode(x), Codec::encode(y)};
-      for (int i = 0; i < 2; ++i) {
-        if (row < column + i) continue;
-        shared[row * Form::kOutStride + column + i] = two[i];
-        shared[(column + i) * Form::kOutStride + row] = two[i];
-      }
+    for_pairs([&](int row, int column, uint32_t two) {
+      const auto put = [&](int at, uint16_t value) {
+        if (row < at) return;
+        shared[row * Form::kOutStride + at] = value;
+        shared[at * Form::kOutStride + row] = value;
+      };
+      put(column, uint16_t(two));
+      put(column + 1, uint16_t(two >> 16));
     });
   }
 

@@ -251,10 +251,12 @@ def _cpu_schedules(coefficients: Any, steps: int, method: str, dtype: str | None
     the CPU.
     """
     arithmetic = schedules.arithmetic("cpu", dtype or "bfloat16")
-    narrow = schedules.make(coefficients, steps, method, dtype or "bfloat16", arithmetic)
+    narrow = schedules.make(
+        coefficients, steps, method, dtype or "bfloat16", arithmetic, diagonals_apart=True
+    )
     wide = schedules.make(coefficients, steps, method, dtype or "float64", "float64")
     return (
-        narrow._replace(dtype=arithmetic).compiled(),
+        narrow._replace(dtype=narrow.arithmetic).compiled(),
         wide._replace(dtype="float64").compiled(),
     )
 

@@ -71,7 +71,9 @@ def newton_schulz(
     _adam.check_stream(stream, name)
     rounding = own if dtype is None else backends.dtype_name(dtype)
     arithmetic = schedules.arithmetic(name, rounding)
-    schedule = schedules.make(coefficients, steps, method, rounding, arithmetic, restarts)
+    schedule = schedules.make(
+        coefficients, steps, method, rounding, arithmetic, restarts, diagonals_apart=name == "cpu"
+    )
     result = _empty_like(G, name, stream)
     OPERATION.launchers[name](G, result, schedule, stream)
     return _handed_back(result, G)
@@ -120,9 +122,7 @@ def _launch_cpu(array: Any, result: Any, schedule: schedules.Schedule, *_: Any) 
     plan.run(array, result, schedule.compiled(), get_num_threads())
 
 
-def _launch_cuda(
-    array: Any, result: Any, schedule: schedules.Schedule, stream: int | None
-) -> None:
+def _launch_cuda(array: Any, result: Any, schedule: schedules.Schedule, stream: int | None) -> None:
     plan = _adam.thread_plan(_C.NewtonSchulzPlan)
     try:
         gpu, current, size = plan.prepare_gpu(array, result, schedule.compiled())

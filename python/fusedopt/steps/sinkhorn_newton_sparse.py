@@ -234,7 +234,9 @@ def _potential(
     return array
 
 
-Solved = tuple[Any, Any, NDArray[Any], Any]  # f, g, facts, trace; tensors where the cost is on a GPU
+Solved = tuple[
+    Any, Any, NDArray[Any], Any
+]  # f, g, facts, trace; tensors where the cost is on a GPU
 
 
 _TRACE_BYTES = 1 << 24  # of a batch; beyond it traces end early
@@ -421,9 +423,7 @@ _STEPS = {name: _LAUNCHERS[name] for name in ("cpu", "cuda")}
 OPERATION = backends.register(
     backends.Operation("sinkhorn_newton_sparse", _LAUNCHERS, _transport.DTYPES)
 )
-SINKHORN_STEP = backends.register(
-    backends.Operation("sinkhorn_step", _STEPS, _transport.DTYPES)
-)
+SINKHORN_STEP = backends.register(backends.Operation("sinkhorn_step", _STEPS, _transport.DTYPES))
 SNS_NEWTON_STEP = backends.register(
     backends.Operation("sns_newton_step", _STEPS, _transport.DTYPES)
 )
