@@ -42,6 +42,7 @@ FORMATS = {
     "fp64": (F64, F64, F64, F64, NONE),
 }
 ACCESSES = {"vector": _table.VECTOR, "single": _table.SINGLE, "strided": _table.STRIDED}
+TENSOR_OPS = ("HGMMA", "HMMA", "DMMA", "UTCHMMA")  # what multiplies tiles
 TABLE = {"table": "*i64"}
 PLACES = TABLE | {
     "all_scalars": "*fp64", "values": "*fp64", "block_at": "i32", "layouts_at": "i32",
@@ -239,7 +240,7 @@ def compile_for(arch, kernel, signature, constants, warps=None, stages=None):
 
 
 def resources(compiled):
-    """Registers, bytes of stack and local memory, and 128-bit loads and stores."""
+    """Registers, bytes of stack, local and shared memory, 128-bit accesses, tensor-core products."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -254,6 +255,8 @@ def resources(compiled):
         "local": found["LOCAL"],
         "loads_128": len(re.findall(r"\bLDG\.E(?:\.\w+)*\.128", sass)),
         "stores_128": len(re.findall(r"\bSTG\.E(?:\.\w+)*\.128", sass)),
+        **{op: n for op in TENSOR_OPS if (n := len(re.findall(rf"\b{op}\b", sass)))},
+        **({"shared": compiled.metadata.shared} if compiled.metadata.shared > 4096 else {}),
     }
 
 

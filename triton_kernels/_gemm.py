@@ -108,13 +108,26 @@ def lower_tile(tile):
 
 
 @triton.jit
-def store_twice(first, n, rows, columns, tile, diagonal):
+def place(row, column, stride):
+    """Of a tile's first element, in 64 bits; within a tile 32 are enough."""
+    return row.to(tl.int64) * stride + column
+
+
+@triton.jit
+def offsets(HEIGHT: tl.constexpr, WIDTH: tl.constexpr, stride):
+    return tl.arange(0, HEIGHT)[:, None] * stride + tl.arange(0, WIDTH)[None, :]
+
+
+@triton.jit
+def store_twice(first, n, row, column, tile, EDGE: tl.constexpr):
     """A tile and its mirror image; of a diagonal one, the lower half."""
-    here = first + rows[:, None].to(tl.int64) * n + columns[None, :]
-    mirrored = first + columns[:, None].to(tl.int64) * n + rows[None, :]
-    if diagonal:
-        tl.store(here, tile, mask=rows[:, None] >= columns[None, :])
-        tl.store(mirrored, tl.trans(tile), mask=rows[None, :] > columns[:, None])
+    here = first + place(row, column, n) + offsets(EDGE, EDGE, n)
+    mirrored = first + place(column, row, n) + offsets(EDGE, EDGE, n)
+    if row == column:
+        down = tl.arange(0, EDGE)[:, None]
+        across = tl.arange(0, EDGE)[None, :]
+        tl.store(here, tile, mask=down >= across)
+        tl.store(mirrored, tl.trans(tile), mask=down < across)
     else:
         tl.store(here, tile)
         tl.store(mirrored, tl.trans(tile))
@@ -134,31 +147,29 @@ def symmetric_kernel(
     SHIFTED: tl.constexpr,  # Q = C + shift I is stored too
 ):  # fmt: skip
     S: tl.constexpr = tl.float64 if a.dtype.element_ty == tl.float64 else tl.float32
-    matrix = tl.program_id(0) // tiles
+    matrix = (tl.program_id(0) // tiles).to(tl.int64)
     row, column = lower_tile(tl.program_id(0) % tiles)
-    rows = row * EDGE + tl.arange(0, EDGE)
-    columns = column * EDGE + tl.arange(0, EDGE)
-    long = matrix.to(tl.int64) * n * depth + tl.arange(0, DEPTH)[None, :]
-    left = a + long + rows[:, None].to(tl.int64) * depth
-    right = b + long + columns[:, None].to(tl.int64) * depth
+    row *= EDGE
+    column *= EDGE
+    left = a + matrix * n * depth + place(row, 0, depth) + offsets(EDGE, DEPTH, depth)
+    right = b + matrix * n * depth + place(column, 0, depth) + offsets(EDGE, DEPTH, depth)
     total = tl.zeros([EDGE, EDGE], S)
     for _ in range(0, depth, DEPTH):
-        total = tl.dot(
-            operand(left), tl.trans(operand(right)), total, input_precision="ieee"
-        )
+        total = tl.dot(operand(left), tl.trans(operand(right)), total, input_precision="ieee")
         left += DEPTH
         right += DEPTH
-    square = matrix.to(tl.int64) * n * n
+    square = matrix * n * n
     value = tl.load(numbers + numbers_at).to(S) * total
     if ADD:
-        beside = operand(d + square + rows[:, None].to(tl.int64) * n + columns[None, :]).to(S)
-        value = tl.fma(tl.load(numbers + numbers_at + 1).to(S), beside, value)
-    store_twice(c + square, n, rows, columns, rounded(value, c.dtype.element_ty), row == column)
+        beside = d + square + place(row, column, n) + offsets(EDGE, EDGE, n)
+        value = tl.fma(tl.load(numbers + numbers_at + 1).to(S), operand(beside).to(S), value)
+    store_twice(c + square, n, row, column, rounded(value, c.dtype.element_ty), EDGE)
     if SHIFTED:
-        on_diagonal = (rows[:, None] == columns[None, :]) & (rows[:, None] < used)
+        rows = row + tl.arange(0, EDGE)[:, None]
+        on_diagonal = (rows == column + tl.arange(0, EDGE)[None, :]) & (rows < used)
         shift = tl.load(numbers + numbers_at + 2).to(S)
         value = tl.where(on_diagonal, value + shift, value)
-        store_twice(q + square, n, rows, columns, rounded(value, q.dtype.element_ty), row == column)
+        store_twice(q + square, n, row, column, rounded(value, q.dtype.element_ty), EDGE)
 
 
 @triton.jit(do_not_specialize=["numbers_at", "down", "tiles"])
@@ -175,21 +186,19 @@ def wide_kernel(
     ADD: tl.constexpr,  # beta X
 ):  # fmt: skip
     S: tl.constexpr = tl.float64 if a.dtype.element_ty == tl.float64 else tl.float32
-    matrix = tl.program_id(0) // tiles
+    matrix = (tl.program_id(0) // tiles).to(tl.int64)
     row, column = grouped_tile(tl.program_id(0) % tiles, down, tiles)
-    rows = row * EDGE + tl.arange(0, EDGE)
-    columns = column * WIDTH + tl.arange(0, WIDTH)
-    within = tl.arange(0, DEPTH)
-    wide = matrix.to(tl.int64) * n * m
-    left = a + matrix.to(tl.int64) * n * n + rows[:, None].to(tl.int64) * n + within[None, :]
-    right = x + wide + within[:, None].to(tl.int64) * m + columns[None, :]
+    row *= EDGE
+    column *= WIDTH
+    left = a + matrix * n * n + place(row, 0, n) + offsets(EDGE, DEPTH, n)
+    right = x + matrix * n * m + column + offsets(DEPTH, WIDTH, m)
     total = tl.zeros([EDGE, WIDTH], S)
     for _ in range(0, n, DEPTH):
         total = tl.dot(operand(left), operand(right), total, input_precision="ieee")
         left += DEPTH
         right += DEPTH * m
-    at = wide + rows[:, None].to(tl.int64) * m + columns[None, :]
     value = tl.load(numbers + numbers_at).to(S) * total
+    at = matrix * n * m + place(row, column, m) + offsets(EDGE, WIDTH, m)
     if ADD:
         value = tl.fma(tl.load(numbers + numbers_at + 1).to(S), operand(x + at).to(S), value)
     tl.store(y + at, rounded(value, y.dtype.element_ty))
