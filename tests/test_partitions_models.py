@@ -465,11 +465,18 @@ def test_asks_where_it_would_have_to_guess():
     asks(attention(q_proj=linear(32), mystery=linear(32), num_heads=4), "mystery.weight")
     asks(nn.ModuleDict({"in_proj_qkvz": linear(96)}), "speaks of attention")
     asks(nn.ModuleDict({"key": linear(64), "receptance": linear(32)}), "how many heads")
-    vector = nn.Module()
-    vector.gamma = nn.Parameter(torch.ones(7))
-    vector.matrix = nn.Parameter(torch.ones(7, 3))
-    asks(vector, "2 parameters", "gamma (Module, shape (7,)): a vector of a module that is no norm",
-         "matrix (Module, shape (7, 3)): Module is not known")  # fmt: skip
+    unknown = nn.ModuleDict({"vector": nn.Module(), "matrix": nn.Module()})
+    unknown["vector"].gamma = nn.Parameter(torch.ones(7))
+    unknown["matrix"].matrix = nn.Parameter(torch.ones(7, 3))
+    asks(unknown, "2 parameters",
+         "vector.gamma (Module in ModuleDict, shape (7,)): a vector of a module that is no norm",
+         "matrix.matrix (Module in ModuleDict, shape (7, 3)): Module is not known")  # fmt: skip
+    flat = nn.ModuleDict({"layer": linear(32)})
+    flat.weights = nn.Parameter(torch.ones(70_000))  # as FSDP joins them
+    asks(flat, "weights (ModuleDict, shape (70000,)): a vector")
+    sharded = linear(32)
+    sharded.weight = nn.Parameter(torch.ones(512))
+    asks(sharded, "weight (Linear, shape (512,)): a vector")
     shared = nn.ModuleDict({"embedding": nn.Embedding(32, 32), "attn": attention(
         q_proj=linear(32), num_heads=4)})  # fmt: skip
     shared["attn"].q_proj.weight = shared["embedding"].weight
@@ -478,6 +485,63 @@ def test_asks_where_it_would_have_to_guess():
     ambiguous.up_proj = nn.Parameter(torch.ones(2, 8, 8))
     ambiguous.down_proj = nn.Parameter(torch.ones(2, 8, 8))
     asks(ambiguous, "up_proj", "down_proj", "stored (outputs, inputs) or transposed")
+
+
+def test_vectors_by_coordinate():
+    """Gains, decays and the like beside a module's layers, whatever their names; scales alone."""
+    block = nn.Module()
+    block.layer, block.lambda_1 = linear(32), nn.Parameter(torch.ones(32))
+    block.alpha = nn.Parameter(torch.ones(1, 8, 1))
+    block.scaled = type("LayerScale", (nn.Module,), {})()
+    block.scaled.gain = nn.Parameter(torch.ones(32))
+    partition = adam_mini(block)
+    assert partition.pop("layer.weight") == "row"
+    assert set(partition.values()) == {"coordinate"} and len(partition) == 3
+
+
+def test_layers_beside_queries_and_keys():
+    """What neither is nor speaks of them has neurons; a projection of positions asks."""
+    layers = {"q_proj": linear(32), "k_proj": linear(32), "num_heads": 4}
+    assert adam_mini(attention(**layers, gate_proj2=linear(4)))["gate_proj2.weight"] == "row"
+    for name in ("relative_k_proj", "linear_pos", "r_proj", "query_gate"):
+        asks(attention(**layers, **{name: linear(32)}), name, "its part in Attention is unknown")
+    asks(attention(q_proj=linear(32), num_heads=4, gate2=linear(4)), "gate2.weight")
+
+
+def test_parametrized_weights():
+    """Weight normalisation leaves a layer's neurons where they are; other ways to compute ask."""
+    from torch.nn.utils import parametrizations, parametrize
+
+    norm = parametrizations.weight_norm
+    partition = adam_mini(nn.ModuleList([norm(nn.Linear(4, 6)), norm(nn.ConvTranspose1d(4, 6, 3))]))
+    prefix = "parametrizations.weight.original"
+    assert partition[f"0.{prefix}0"] == partition[f"1.{prefix}0"] == "coordinate"
+    assert partition[f"0.{prefix}1"] == "row"
+    ids = block_ids(partition[f"1.{prefix}1"], (4, 6, 3))
+    assert (ids == np.arange(6)[:, None]).all()
+    spectral = parametrizations.spectral_norm(nn.Linear(4, 6))
+    assert adam_mini(spectral)[f"{prefix}"] == "row"
+    other = nn.Linear(4, 4)
+    parametrize.register_parametrization(other, "weight", nn.Tanh())
+    asks(other, "parametrizations.weight.original", "ParametrizationList is not known")
+
+
+def test_tokens_by_what_lies_beside_them():
+    """The features' axis from a layer beside it, a head's size, or the config of a part."""
+    model = nn.Module()
+    model.projection = nn.Conv2d(3, 24, 4)
+    model.position_embeddings = nn.Parameter(torch.ones(1, 9, 24))
+    table = attention(q_proj=linear(32), k_proj=linear(32), num_heads=4, hidden_size=32)
+    table.rel_pos_h = nn.Parameter(torch.ones(7, 8))
+    model.part = table
+    model.config = hf.Blip2Config(qformer_config={"hidden_size": 20, "num_attention_heads": 4})
+    model.query_tokens = nn.Parameter(torch.ones(1, 6, 20))
+    partition = adam_mini(model)
+    for name, tokens in (("position_embeddings", 9), ("part.rel_pos_h", 7), ("query_tokens", 6)):
+        ids = block_ids(partition[name], model.get_parameter(name).shape)
+        assert (ids.reshape(tokens, -1) == np.arange(tokens)[:, None]).all(), name
+    model.pos_embed = nn.Parameter(torch.ones(1, 24, 5, 5))
+    asks(model, "pos_embed", "which of its axes counts tokens")
 
 
 def test_heads_narrower_than_the_model():

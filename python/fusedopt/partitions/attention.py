@@ -30,11 +30,14 @@ _ROLES = {
         "latent": r"q_a_proj",
         "latent key value": r"kv_a_proj_with_mqa",
         "mlp": r"fc_?\d?|c_fc|lin(?:ear)?_?[12]|w[123]|(?:up|gate|down|gate_up)_proj|mlp|ffn?"
-        r"|intermediate|feed_?forward|dense_h_to_4h|dense_4h_to_h",
+        r"|intermediate|feed_?forward|dense_h_to_4h|dense_4h_to_h|\w+_mlp",
     }.items()
 }
 _HEADED = ("query", "key", "query key value", "key value")
 _TOKENS = re.compile(r"w?(?:q|k|qk|kv|qkv)|qkvz|query|queries|keys?|attn|attention")
+
+# Relative positions are projected to keys of their own.
+_POSITIONS = re.compile(r"r|rel|relative|pos|position|positions|positional")
 
 # Names under which libraries split the rows into all of Q, then K, then V.
 _CONTIGUOUS = re.compile(
@@ -98,6 +101,21 @@ def sounds_headed(names: Sequence[str]) -> bool:
     return any(_TOKENS.fullmatch(token) for token in tokens)
 
 
+def _has_both(module: nn.Module) -> bool:
+    """Whether projections to queries and to keys are told by their names."""
+    names = [name for name, _ in module.named_children()]
+    names += [name for name, _ in module.named_parameters(recurse=False)]
+    roles = {role_of([name]) for name in names}
+    return "query key value" in roles or ("query" in roles and bool(roles & {"key", "key value"}))
+
+
+def _is_neither(module: nn.Module, names: Sequence[str]) -> bool:
+    """Whether a layer below an attention module gives neither queries nor keys: others do."""
+    tokens = {token for name in names for token in re.split(r"[_\d]+", name.lower())}
+    spoken = any(_TOKENS.fullmatch(token) or _POSITIONS.fullmatch(token) for token in tokens)
+    return _has_both(module) and not spoken
+
+
 def rows_partition(path: Sequence[tuple[str, nn.Module]], rows: int, columns: int) -> Partition:
     """The partition of a layer's weight along its outputs: by head for queries and keys, else rows.
 
@@ -115,6 +133,8 @@ def rows_partition(path: Sequence[tuple[str, nn.Module]], rows: int, columns: in
             raise UnknownError("its name speaks of attention, but no module around it is one")
         return "row"
     named, role = _roles(below)
+    if role is None and _is_neither(path[at][1], below):
+        return "row"
     if role is None:
         raise UnknownError(f"its part in {type(path[at][1]).__name__} is unknown")
     if role not in _HEADED and role != "latent key value":

@@ -2,7 +2,7 @@
 
 import fnmatch
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,9 +21,10 @@ def adam_mini(
     """The partition of every parameter as Adam-mini prescribes, by name.
 
     Queries and keys by head; values, attention outputs, MLPs, convolutions and experts by output
-    neuron; embeddings and the LM head by token; norms whole; biases by coordinate. Fused weights
-    fall into slices. Heads are counted from what the attention module or its config states; shared
-    parameters appear once, under the name that ``model.named_parameters()`` gives them. Use::
+    neuron; embeddings and the LM head by token; norms whole; biases by coordinate, and so other
+    vectors (gains, decays), of which Adam-mini does not speak. Fused weights fall into slices.
+    Heads are counted from what the attention module or its config states; shared parameters appear
+    once, under the name that ``model.named_parameters()`` gives them. Use::
 
         partition = fusedopt.partitions.adam_mini(model)
         optimizer = fusedopt.optim.BlockwiseAdam(model.named_parameters(), partition=partition)
@@ -108,7 +109,7 @@ def classify(path: Path, leaf: str, parameter: Tensor) -> Partition:
     for rule in _RULES:
         if (partition := rule(path, leaf, parameter)) is not None:
             return partition
-    if parameter.ndim == 1:
+    if sum(n > 1 for n in parameter.shape) == 1:
         raise UnknownError("a vector of a module that is no norm, and no bias")
     raise UnknownError(f"{type(owner).__name__} is not known")
 
@@ -174,6 +175,44 @@ def _torch_attention(path: Path, leaf: str, parameter: Tensor) -> Partition | No
     return None
 
 
+_GAIN = re.compile(r"scale|lambda", re.I)
+_LONGEST = 1 << 16  # elements of a vector; what is longer may be many weights in a row
+
+
+def _vector(path: Path, leaf: str, parameter: Tensor) -> Partition | None:
+    """One value a feature, head or channel: by coordinate, which is AdamW.
+
+    A module with nothing else than vectors may be a norm under another name, whose gain would be
+    one block, unless it is called a scale; a layer's own weight is no vector.
+    """
+    owner = path[-1][1]
+    if sum(n > 1 for n in parameter.shape) != 1 or parameter.numel() > _LONGEST:
+        return None
+    if type(owner).__module__.startswith("torch.nn.modules") and leaf == "weight":
+        return None
+    own = list(owner.parameters(recurse=False))
+    alone = all(sum(n > 1 for n in p.shape) <= 1 for p in own) and not any(owner.children())
+    called = _GAIN.search(leaf) or _GAIN.search(type(owner).__name__)
+    return None if alone and not called else "coordinate"
+
+
+_SCALING = ("_WeightNorm", "_SpectralNorm")  # parametrizations that leave the rows where they are
+
+
+def _parametrized(path: Path, leaf: str, parameter: Tensor) -> Partition | None:
+    """What a layer's weight is computed from, by torch.nn.utils.parametrize."""
+    if len(path) < 3 or type(path[-1][1]).__name__ != "ParametrizationList":
+        return None
+    owner: Any = path[-3][1]
+    name = path[-1][0]
+    steps = [type(step).__name__ for step in path[-1][1].children()]
+    if not all(step in _SCALING for step in steps):
+        return None
+    if parameter.shape == getattr(owner, name).shape:
+        return classify(path[:-2], name, parameter)
+    return "coordinate" if sum(n > 1 for n in parameter.shape) == 1 else None
+
+
 _UP = re.compile(r"(gate_up|up|gate|w1|w3|wi|fc1)(_proj)?(_weight)?")
 _DOWN = re.compile(r"(down|w2|wo|fc2)(_proj)?(_weight)?")
 
@@ -237,6 +276,7 @@ def _router(path: Path, leaf: str, parameter: Tensor) -> Partition | None:
 
 
 _TOKENS = {"cls", "token", "tokens", "embed", "embedding", "embeddings", "emb"}
+_POSITIONS = {"pos", "position", "positions", "positional"}
 
 
 def is_named_token(leaf: str) -> bool:
@@ -246,21 +286,37 @@ def is_named_token(leaf: str) -> bool:
 
 def _tokens(path: Path, leaf: str, parameter: Tensor) -> Partition | None:
     """Embeddings held as bare parameters, with the features on the last axis."""
-    if not is_named_token(leaf):
+    positions = bool(_POSITIONS & set(re.split(r"[_\d]+", leaf.lower())))
+    if not (is_named_token(leaf) or (positions and parameter.ndim > 1)):
         return None
-    widths = {
-        attention.stated(source, (name,))
-        for _, module in path
-        for source in (module, getattr(module, "config", None))
-        for name in attention.WIDTHS
-    }
     shape = parameter.shape
-    if shape[-1] not in widths or (len(shape) > 1 and shape[-2] in widths):
+    single = all(n == 1 for n in shape[:-1])
+    if not single and not any(shape[-1] in w and shape[-2] not in w for w in _widths(path)):
         raise UnknownError("which of its axes counts tokens can't be told")
     partition: Partition = "tensor" if len(shape) == 1 else "row"
     for _ in shape[2:]:
         partition = Each(partition)
     return partition
+
+
+def _widths(path: Path) -> Iterator[set[int]]:
+    """How many features there may be: as modules and configs around state; as the layers beside
+    have outputs, or a head here has; as configs of the model's parts state.
+    """
+    owner = path[-1][1]
+    configs = [getattr(module, "config", None) for _, module in path]
+    around = _stated_widths([module for _, module in path] + configs)
+    yield around
+    yield {attention.outputs(m)[0] for m in owner.children() if attention.has_outputs(m)}
+    if attention.is_attention(owner) and (heads := attention.heads_of(path)):
+        yield {width // heads for width in around}
+    parts = [part for c in configs for part in getattr(c, "__dict__", {}).values()]
+    yield _stated_widths([part for part in parts if hasattr(part, "to_dict")])
+
+
+def _stated_widths(sources: Sequence[Any]) -> set[int]:
+    found = {attention.stated(source, (name,)) for source in sources for name in attention.WIDTHS}
+    return {width for width in found if width}
 
 
 _RULES: tuple[Callable[[Path, str, Tensor], Partition | None], ...] = (
@@ -270,6 +326,8 @@ _RULES: tuple[Callable[[Path, str, Tensor], Partition | None], ...] = (
     _tokens,
     _router,
     _experts,
+    _parametrized,
+    _vector,
 )
 
 
