@@ -91,7 +91,7 @@ Bytes run_newton_schulz(const CpuKernels& kernels, const Bytes& in, int64_t rows
   const NewtonSchulzStep steps[] = {
       {3.4445, -4.7750, 2.0315, false}, {1.5, -0.5, 0, false}, {1.875, -1.25, .375, true}};
   void* const workspace = aligned_alloc(64, kernels.newton_schulz_bytes(rows, columns, rounded, gram));
-  kernels.newton_schulz({&matrix, steps, 3, gram, rounded}, workspace, 1);
+  kernels.newton_schulz({&matrix, steps, 3, gram, rounded, rounded}, workspace, 1);
   free(workspace);
   return out;
 }
