@@ -101,11 +101,32 @@ def _blockwise_adam(params: list[Tensor], capturable: bool) -> Any:
     return fusedopt.optim.BlockwiseAdam(named, lr=0.01, capturable=capturable, partition=kinds)
 
 
+# ---- Muon, in float32 throughout: both forms of its products, every kind of matrix
+
+_MATRICES = [(9, 33), (40, 20), (64, 64), (3, 130)]
+
+
+def _muon_lists(param: torch.dtype, state: torch.dtype) -> Lists:
+    return [_drawn(_MATRICES, seed, dtype) for seed, dtype in ((1, param), (2, param), (3, state))]
+
+
+def _muon_step(lists: Lists, **options: Any) -> None:
+    fusedopt.muon_step(*lists, weight_decay=0.1, ns_dtype="float32", **options)
+
+
+def _muon(params: list[Tensor], capturable: bool) -> Any:
+    return fusedopt.optim.Muon(params, lr=0.01, capturable=capturable)
+
+
 ALGORITHMS = {
     "adamw": Algorithm(_adamw_lists, _adamw_step, optimizer=_adamw),
     # sums have other orders on other backends
     "blockwise_adam": Algorithm(
         _blockwise_lists, _blockwise_step, rounding=8.0, optimizer=_blockwise_adam
+    ),
+    # so have products, of which five steps follow one another
+    "muon": Algorithm(
+        _muon_lists, _muon_step, ("lr", "grad_scale", "found_inf"), rounding=500.0, optimizer=_muon
     ),
 }
 
