@@ -7,7 +7,7 @@ import torch
 
 import fusedopt
 import where
-from fusedopt.optim import AdamW, BlockwiseAdam
+from fusedopt.optim import AdamW, BlockwiseAdam, NorMuon
 from fusedopt.partitions import Contiguous
 from optim_helpers import (
     Race,
@@ -24,6 +24,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(where.FAKE), reason="need
 OPTIONS = {"lr": 0.02, "betas": (0.8, 0.95), "eps": 1e-3, "weight_decay": 0.3}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 SHAPES = [(67,), (4, 5), (1,), (0,), (4097,), (300, 301)]
+F32 = torch.float32
 SLEEP = 200_000_000  # cycles: about a tenth of a second
 
 
@@ -289,3 +290,54 @@ def test_more_elements_than_32_bits_count():
         fusedopt.adamw_step(*([x] for x in arrays), step=3, lr=0.1, betas=(0.9, 0.9))
     for a, b in zip(large, small, strict=True):
         assert all(bool((piece == b[0]).all()) for piece in a.split(2**28))
+
+
+# ---- Muon
+
+
+def muon(**options):
+    """Matrices for NorMuon, and an embedding and a gain for AdamW."""
+    groups = [
+        {"params": parameters((64, 200), (200, 64), (96, 96), (3, 40, 24)), "partition": "tensor"},
+        {"params": parameters((70, 64), (64,), seed=5), "algorithm": "adamw", "lr": 0.01},
+    ]
+    return NorMuon(groups, lr=0.02, weight_decay=0.1, **options)
+
+
+def test_muon_is_near_the_cpu():
+    """float16's products, and float32's."""
+    ours = {dtype: as_numbers(run_alone(muon(ns_dtype=dtype), 3)) for dtype in (None, F32)}
+    where.device = "cpu"
+    theirs = as_numbers(run_alone(muon(ns_method="standard"), 3))
+    for dtype, atol in ((None, 2e-2), (F32, 2e-5)):
+        for a, b in zip(ours[dtype], theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=atol)
+
+
+def test_muon_waits_for_nothing():
+    optimizer = run_alone(muon(capturable=True), 1)
+    for group in optimizer.param_groups:
+        for key in {"lr", "momentum", "weight_decay"} & set(group):
+            group[key] = torch.tensor(group[key], device="cuda")
+    optimizer.grad_scale = torch.tensor(8.0, device="cuda")
+    optimizer.found_inf = torch.tensor(0.0, device="cuda")
+    with nothing_waits():
+        optimizer.step()
+
+
+@pytest.mark.filterwarnings("ignore:This instance was constructed with capturable=True")
+def test_muon_replayed_from_a_graph_has_the_bits_of_eager_steps():
+    eager, captured = (run_alone(muon(capturable=True), 2) for _ in range(2))
+    grads = draw(params_of(captured), 9)
+    set_grads(captured, grads)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured.step()
+    for _ in range(3):
+        graph.replay()
+        set_grads(eager, grads)
+        eager.step()
+    torch.cuda.synchronize()
+    for a, b in zip(as_numbers(captured), as_numbers(eager), strict=True):
+        assert torch.equal(a, b)

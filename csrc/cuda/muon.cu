@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(S) == 8 ? 4 : 8)
     RawUnit<S, kWidth> raw_grad, raw_momentum;
     load_unit<S, kWidth>(grad_dtype, matrix.data(kGrad, at), raw_grad);
     load_unit<S, kWidth>(momentum_dtype, matrix.data(kMomentum, at), raw_momentum);
-    S u[kWidth], momentum[kWidth];
+    S u[kWidth] = {}, momentum[kWidth] = {};
     decode_unit<S, kWidth>(grad_dtype, raw_grad, u);
     decode_unit<S, kWidth>(momentum_dtype, raw_momentum, momentum);
 #pragma unroll
@@ -190,7 +190,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(S) == 8 ? 4 : 8)
     char* const data = matrix.data(kParam, matrix.in_tensor(i));
     RawUnit<S, kWidth> raw;
     load_unit<S, kWidth>(dtype, data, raw);
-    S o[kWidth], param[kWidth];
+    S o[kWidth], param[kWidth] = {};
     read_unit(values + i, o);
     decode_unit<S, kWidth>(dtype, raw, param);
     const S rate = rates.apply(matrix, i, o);
@@ -298,7 +298,10 @@ __global__ void __launch_bounds__(kThreads)
 
 // ---- host
 
-constexpr int64_t kWave = 1 << 26;  // elements: enough for the products of one shape to fill a GPU
+#ifndef FUSEDOPT_MUON_WAVE  // tests take less
+#define FUSEDOPT_MUON_WAVE (1 << 26)
+#endif
+constexpr int64_t kWave = FUSEDOPT_MUON_WAVE;  // elements: enough for the products of one shape to fill a GPU
 constexpr int64_t kAlignment = 256;
 
 int64_t aligned(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
