@@ -11,6 +11,7 @@
 
 #include "binding/arrays.h"
 #include "binding/gpu.h"
+#include "binding/numbers.h"
 #include "cpu/isa.h"
 #include "cpu/sinkhorn_newton_sparse/problem.h"
 #include "cpu/threads.h"
