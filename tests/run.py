@@ -21,7 +21,9 @@ from cuda_host import build as shim
 from cuda_host import fake_gpu
 
 ROOT = Path(__file__).resolve().parent.parent
-INTERPRETED = [f"tests/test_triton_{name}.py" for name in ("adamw", "blockwise_adam", "newton_schulz")]
+INTERPRETED = [
+    f"tests/test_triton_{name}.py" for name in ("adamw", "blockwise_adam", "newton_schulz")
+]
 PARALLEL = ["-n2", "--dist=worksteal"]
 SANITIZED = ["layouts", "adamw_on_gpus", "blockwise_adam_on_gpus", "muon_on_gpus"]
 ON_A_GPU = [

@@ -209,6 +209,13 @@ def test_dtypes_and_frameworks(kind):
     assert error_of(*wide, np.asarray(result.f), np.asarray(result.g), 0.002)[1] <= limit
 
 
+def test_the_plan_of_tensors_is_as_exact_as_that_of_arrays():
+    cost, a, b = random(50, 60)
+    result = solve(torch.from_numpy(cost), a, b, reg=0.0123)
+    expected = solve(cost, a, b, reg=0.0123).plan()
+    assert np.abs(result.plan().numpy() - expected).max() <= 1e-12 * expected.max()
+
+
 def test_layouts_are_read_right():
     cost, a, b = random(33, 47)
     expected = solve(cost, a, b, reg=0.01)

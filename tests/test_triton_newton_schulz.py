@@ -347,7 +347,15 @@ def test_wide_product(add, dtype):
 
 def test_tiles_cover_their_sides():
     for dtype in (torch.float16, torch.float32, torch.float64):
-        for n, m in [(1, 1), (1, 77), (37, 101), (100, 130), (128, 7168), (500, 1001), (4096, 11008)]:
+        for n, m in [
+            (1, 1),
+            (1, 77),
+            (37, 101),
+            (100, 130),
+            (128, 7168),
+            (500, 1001),
+            (4096, 11008),
+        ]:
             for arch in (80, 90, 120):
                 t = _gemm.tiles_for(n, m, dtype, arch)
                 room = _gemm.padded(n, t.edge), _gemm.padded(m, max(t.width, t.depth))
@@ -363,9 +371,7 @@ def test_products_of_a_schedule():
     """How many are wide and how many symmetric; a cubic step has two."""
     steps = [(3.0, -4.0, 1.5, i == 2) for i in range(5)]
     counts = {
-        gram: [
-            sum((p.c == "Y") == wide for p in kernels.products(steps, gram)) for wide in (1, 0)
-        ]
+        gram: [sum((p.c == "Y") == wide for p in kernels.products(steps, gram)) for wide in (1, 0)]
         for gram in (False, True)
     }
     assert counts == {False: [5, 10], True: [2, 16]}

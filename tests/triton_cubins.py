@@ -142,7 +142,9 @@ def product_kernels():
     """Of Newton–Schulz: {name: (kernel, signature, arch -> (constants, warps, stages))}."""
     kernels = {}
     for dtype, size, add, shifted in SYMMETRIC:
-        name = f"symmetric {dtype}, {size}" + (", + D" if add else "") + (", + I" if shifted else "")
+        name = (
+            f"symmetric {dtype}, {size}" + (", + D" if add else "") + (", + I" if shifted else "")
+        )
         counts = {"numbers_at": "i32", "used": "i32", "tiles": "i32", "n": LONG, "depth": LONG}
         kernels[name] = (
             _gemm.symmetric_kernel,
@@ -211,12 +213,16 @@ def beside_kernels():
 
 
 def all_kernels():
-    return adamw_kernels() | block_kernels() | small_kernels() | product_kernels() | beside_kernels()
+    return (
+        adamw_kernels() | block_kernels() | small_kernels() | product_kernels() | beside_kernels()
+    )
 
 
 def source(kernel, signature, constants):
     """An ASTSource, whose spelling changed in Triton 3.3; pointers come from torch, so aligned."""
-    pointers = [i for i, kind in enumerate(signature.values()) if kind.startswith("*") or kind == LONG]
+    pointers = [
+        i for i, kind in enumerate(signature.values()) if kind.startswith("*") or kind == LONG
+    ]
     signature = {name: kind.split(",")[0] for name, kind in signature.items()}
     if VERSION < (3, 3):
         from triton.backends.compiler import AttrsDescriptor

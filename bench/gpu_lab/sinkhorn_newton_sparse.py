@@ -53,7 +53,7 @@ def _build(device: Device, name: str, key: str) -> GpuCase:
     }
     for backend in device.backends:
         if fusedopt.supports("sinkhorn_newton_sparse", backend, device=device.name)[0]:
-            title = f"fusedopt.sinkhorn_newton_sparse, {backend}"
+            title = ", ".join(filter(None, ("fusedopt.sinkhorn_newton_sparse", backend)))
             builders[title] = partial(_ours, cost, reg, tolerance, title, backend)
     contestants, not_run = built(builders)
     return GpuCase(

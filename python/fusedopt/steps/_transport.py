@@ -104,7 +104,7 @@ def _plan_of_tensors(f: Any, g: Any, cost: Any, reg: Any) -> Any:
     """The same, on the tensors' device."""
     plan = f[..., :, None] - cost.to(f.dtype)
     plan += g[..., None, :]
-    plan /= sys.modules["torch"].as_tensor(reg, device=f.device)[..., None, None]
+    plan /= sys.modules["torch"].as_tensor(reg, dtype=f.dtype, device=f.device)[..., None, None]
     return plan.exp_()
 
 
