@@ -159,8 +159,9 @@ def launch(
 class Capturable:
     """Numbers that lie on the device: arrays of one element, or None."""
 
-    def __init__(self, lr, step, grad_scale=None, found_inf=None):
+    def __init__(self, lr, step, grad_scale=None, found_inf=None, counters=None):
         self.lr, self.step, self.grad_scale, self.found_inf = lr, step, grad_scale, found_inf
+        self.counters = counters or list({x.ctypes.data: x for x in step}.values())
 
     def replaces(self, options):
         """What the launcher is told from the host: no number that lies on the device."""
@@ -178,7 +179,7 @@ class Capturable:
         def pack(numbers):
             return (DeviceNumber * len(numbers))(*map(DeviceNumber.of, numbers))
 
-        counters = list({x.ctypes.data: x for x in self.step}.values())
+        counters = self.counters
         scale, found_inf = DeviceNumber.of(self.grad_scale), DeviceNumber.of(self.found_inf)
         workspace = np.empty(library.adamw_workspace(ctypes.c_int64(len(self.step))), np.uint8)
         return library.adamw_capturable(
@@ -453,6 +454,16 @@ def test_counters_that_are_not_each_tensors_own(library, order):
     assert [int(x[0]) for x in counters] == list(range(1, 151))
 
 
+def test_a_counter_that_no_tensor_names_counts_too(library):
+    """As many counters as tensors, and yet two share one."""
+    rng = np.random.default_rng(0)
+    rows = [make_row(rng, 3, (F32,) * 4) for _ in range(2)]
+    one, other = np.array([4], F32), np.array([9], F32)
+    numbers = Capturable([None] * 2, [one, one], counters=[one, other])
+    check(library, rows, numbers, step=[5, 5], lr=[OPTIONS["lr"]] * 2)
+    assert (one, other) == (5, 10)
+
+
 class Elsewhere:
     """An array that says it lies beyond 48 bits."""
 
@@ -558,7 +569,7 @@ def test_extreme_values(library, beta1):
     check(library, rows, betas=(beta1, 0.99), weight_decay=0.5)
 
 
-def capturable_case(rng, count):
+def capturable_case(rng, count, shared=True):
     """Rows with numbers on the device, some of them shared, and what those numbers are."""
     rows = [make_row(rng, 20, COMBINATIONS[int(rng.integers(8))]) for _ in range(count)]
     lr = [np.array([x], F32) for x in rng.uniform(0.001, 0.1, count)]
@@ -566,7 +577,7 @@ def capturable_case(rng, count):
         lr[i] = None
     taken = rng.integers(0, 1000, count)
     step = [np.array([n], COUNTERS[i % 4]) for i, n in enumerate(taken)]
-    for i in range(4, count, 5):
+    for i in range(4, count, 5) if shared else ():
         step[i] = step[i - 2]
     numbers = {
         "lr": [OPTIONS["lr"] if x is None else float(x[0]) for x in lr],
@@ -587,8 +598,9 @@ def test_capturable(library, count, monkeypatch):
     assert [int(x[0]) for x in capturable.step] == numbers["step"]
 
 
-def test_found_inf_leaves_everything_alone(library, seed):
-    rows, capturable, numbers = capturable_case(np.random.default_rng(seed), 30)
+@pytest.mark.parametrize("shared", [False, True])
+def test_found_inf_leaves_everything_alone(library, seed, shared):
+    rows, capturable, numbers = capturable_case(np.random.default_rng(seed), 30, shared)
     capturable.found_inf = np.array([1.0], F32)
     want = [[copy_of(x) for x in roles] for roles in rows]
     assert launch(library, rows, capturable=capturable, **OPTIONS) is None
