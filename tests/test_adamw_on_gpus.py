@@ -194,7 +194,7 @@ def test_numbers_of_each_of_many_tensors(case, amsgrad):
 @needs_fma
 @pytest.mark.parametrize("capturable", [False, True])
 def test_groups_that_differ_in_lr_and_in_something_else(capturable):
-    """Each tensor has its lr, and brings it itself: what else differs must not be its neighbour's."""
+    """Each tensor has and brings its own lr: what else differs must not be its neighbour's."""
     others = [{}, {"betas": (0.7, 0.95)}, {"betas": (0.8, 0.9)}, {"eps": 0.1}, {"maximize": True}]
 
     def train():

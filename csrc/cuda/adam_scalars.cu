@@ -133,9 +133,10 @@ class OptionsPacker {
 OwnWords own_words(const AdamWDeviceOptions* options, int64_t size) {
   constexpr int64_t kFewKinds = 8;
   int64_t rates = 0, decays = 0;  // options that differ from those before
-  for (const AdamWDeviceOptions *a = options, *b = options + 1; b < options + size; ++a, ++b) {
-    rates += !same(a->lr, b->lr) || a->options.lr != b->options.lr;
-    decays += !same(a->weight_decay, b->weight_decay) || a->options.weight_decay != b->options.weight_decay;
+  for (int64_t i = 1; i < size; ++i) {
+    const AdamWDeviceOptions &a = options[i - 1], &b = options[i];
+    rates += !same(a.lr, b.lr) || a.options.lr != b.options.lr;
+    decays += !same(a.weight_decay, b.weight_decay) || a.options.weight_decay != b.options.weight_decay;
   }
   return {rates > kFewKinds, decays > kFewKinds};
 }

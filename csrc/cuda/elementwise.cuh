@@ -13,11 +13,11 @@
 //
 // Rows travel by value, as a kernel parameter: stateless, and right in a CUDA graph. A row takes 6 bytes for each role
 // and 8 for its place, so that a launch has at least 700 of up to 5 roles and 8 bytes of their own, as long as no more
-// than 8 records are sent and no strides. A thread block finds its chunk of
-// a row by binary search over the rows' first chunks. Rows that lie flat in one of the algorithm's Formats take
-// elementwise_kernel: 16-byte accesses in every role that is aligned where most roles are, single elements in the
-// others and at the ends. Every other row (strides, unusual mixes of dtypes) takes any_elementwise_kernel, one element
-// at a time. Both run the same formula on the same values, so they give the same bits.
+// than 8 records are sent and no strides. A thread block finds its chunk of a row by binary search over the rows' first
+// chunks. Rows that lie flat in one of the algorithm's Formats take elementwise_kernel: 16-byte accesses in every role
+// that is aligned where most roles are, single elements in the others and at the ends. Every other row (strides,
+// unusual mixes of dtypes) takes any_elementwise_kernel, one element at a time. Both run the same formula on the same
+// values, so they give the same bits.
 #pragma once
 #include <algorithm>
 #include <cstring>
