@@ -16,6 +16,7 @@
 #include "cpu/sinkhorn_newton_sparse/problem.h"
 #include "cpu/threads.h"
 #include "cuda/sinkhorn_newton_sparse.h"
+#include "cuda/sinkhorn_newton_sparse_tiny.h"
 
 namespace fusedopt {
 namespace {
@@ -315,7 +316,8 @@ template <typename T>
 T* on_device(ArrayReader& reader, const CostView& cost, const py::object& array, int64_t size, const char* name) {
   ArrayView view;
   reader.read(array.ptr(), {name, -1, ""}, &view);
-  if (!(view.device == cost.device) || !view.contiguous() || view.numel() < size)
+  const bool there = view.device.type == cost.device.type && view.device.id == cost.device.id;
+  if (!there || !view.contiguous() || view.numel() < size)
     throw py::value_error(std::string(name) + " does not fit the launch");
   return static_cast<T*>(view.data);
 }
@@ -359,6 +361,59 @@ void solve_on_gpu(const py::object& cost, const py::object& a, const py::object&
   });
 }
 
+// Runs launch(plans, stream) for the tiny plans of a cost that is contiguous; a and b may be None.
+template <typename Launch>
+void with_tiny_plans(const py::object& cost, const py::object& a, const py::object& b, double reg, int iterations,
+                     uintptr_t stream_address, ArrayReader& reader, Launch launch) {
+  const CostView view(reader, cost);
+  cuda::TinyPlans plans = {};
+  plans.cost = view.data;
+  plans.single = view.single;
+  plans.problems = view.problems;
+  plans.n = int(view.n);
+  plans.m = int(view.m);
+  plans.a = a.is_none() ? nullptr : on_device<void>(reader, view, a, view.n, "a");
+  plans.b = b.is_none() ? nullptr : on_device<void>(reader, view, b, view.m, "b");
+  plans.reg = reg;
+  plans.iterations = iterations;
+  void* stream = reinterpret_cast<void*>(stream_address);
+  reader.current_stream(cost.ptr(), view.device, &stream);
+  launch(view, plans, static_cast<cudaStream_t>(stream));
+}
+
+void tiny_plans(const py::object& cost, const py::object& a, const py::object& b, double reg, int iterations,
+                const py::object& plan, uintptr_t stream_address) {
+  ArrayReader reader;
+  with_tiny_plans(cost, a, b, reg, iterations, stream_address, reader,
+                  [&](const CostView& view, cuda::TinyPlans& plans, cudaStream_t stream) {
+                    plans.plan = on_device<void>(reader, view, plan, view.problems * view.n * view.m, "plan");
+                    launch_on_gpu(view.device.id, [&] {
+                      if constexpr (kWithCuda) return cuda::launch_tiny_plans(plans, stream);
+                      return Status();
+                    });
+                  });
+}
+
+void tiny_plans_backward(const py::object& cost, const py::object& a, const py::object& b, double reg, int iterations,
+                         const py::object& plan_gradient, const py::object& cost_gradient, const py::object& workspace,
+                         uintptr_t stream_address) {
+  ArrayReader reader;
+  with_tiny_plans(cost, a, b, reg, iterations, stream_address, reader,
+                  [&](const CostView& view, cuda::TinyPlans& plans, cudaStream_t stream) {
+                    const int64_t size = view.problems * view.n * view.m;
+                    void* const from = on_device<void>(reader, view, plan_gradient, size, "plan_gradient");
+                    void* const to = on_device<void>(reader, view, cost_gradient, size, "cost_gradient");
+                    int64_t bytes = 0;
+                    if constexpr (kWithCuda) bytes = cuda::tiny_plans_workspace_bytes(plans);
+                    void* const memory = on_device<void>(reader, view, workspace, bytes, "workspace");
+                    launch_on_gpu(view.device.id, [&] {
+                      if constexpr (kWithCuda)
+                        return cuda::launch_tiny_plans_backward(plans, from, to, memory, stream);
+                      return Status();
+                    });
+                  });
+}
+
 }  // namespace
 
 void bind_sinkhorn_newton_sparse(py::module_& module) {
@@ -375,6 +430,9 @@ void bind_sinkhorn_newton_sparse(py::module_& module) {
   module.def("transport_solve_on_gpu", &solve_on_gpu, "cost"_a, "a"_a, "b"_a, "reg"_a, "f"_a, "g"_a, "trace"_a,
              "facts"_a, "tolerance"_a, "max_iterations"_a, "trace_rows"_a, "sinkhorn"_a, "warm"_a, "single_step"_a,
              "workspace"_a, "stream"_a);
+  module.def("tiny_plans", &tiny_plans, "cost"_a, "a"_a, "b"_a, "reg"_a, "iterations"_a, "plan"_a, "stream"_a);
+  module.def("tiny_plans_backward", &tiny_plans_backward, "cost"_a, "a"_a, "b"_a, "reg"_a, "iterations"_a,
+             "plan_gradient"_a, "cost_gradient"_a, "workspace"_a, "stream"_a);
 }
 
 }  // namespace fusedopt

@@ -74,6 +74,21 @@ def transport_solve_on_gpu(
     stream: int,
 ) -> None: ...
 
+def tiny_plans(
+    cost: Any, a: Any, b: Any, reg: float, iterations: int, plan: Any, stream: int
+) -> None: ...
+def tiny_plans_backward(
+    cost: Any,
+    a: Any,
+    b: Any,
+    reg: float,
+    iterations: int,
+    plan_gradient: Any,
+    cost_gradient: Any,
+    workspace: Any,
+    stream: int,
+) -> None: ...
+
 class AdamPlan:
     def begin(self, grad_scale: Any, found_inf: Any, stream: int | None, movable: bool) -> None: ...
     def check(self) -> None: ...

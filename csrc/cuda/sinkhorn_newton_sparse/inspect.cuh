@@ -16,6 +16,7 @@ class Inspection {
       if (t_.b[j] > 0 && !reached(j)) v[kColumn] = -double(j);
     });
     const int64_t chunks = t_.shape.chunks;
+#pragma unroll 1
     for (int64_t c = team_.thread(); c < chunks; c += blockDim.x)
 #pragma unroll
       for (int k = 0; k < kColumn; ++k) found[k] = Larger::of(t_.memory.chunk_sums[k * chunks + c], found[k]);
@@ -48,12 +49,15 @@ class Inspection {
 
   __device__ FUSEDOPT_INLINE void look(int64_t chunk) {
     int32_t* const reached = t_.memory.counts + chunk * t_.m;
+#pragma unroll 1
     for (int j = group_.rank(); j < t_.columns(); j += group_.size()) reached[j] = 0;
     double v[kColumn];
     Team::clear<Larger>(v);
     const int64_t first = chunk * t_.shape.chunk_rows, last = first + t_.shape.chunk_rows;
+#pragma unroll 1
     for (int64_t i = first; i < last && i < t_.n; ++i) {
       double open[1] = {0};
+#pragma unroll 1
       for (int j = group_.rank(); j < t_.columns(); j += group_.size()) {
         const double c = t_.cost_at(i, j), place = -double(i * t_.m + j);
         if (c != c) v[kNanAt] = Larger::of(place, v[kNanAt]);
@@ -75,6 +79,7 @@ class Inspection {
 
   __device__ FUSEDOPT_INLINE bool reached(int64_t j) const {
     bool any = false;
+#pragma unroll 1
     for (int64_t c = 0; c < t_.shape.chunks; ++c) any |= t_.memory.counts[c * t_.m + j] != 0;
     return any;
   }

@@ -7,7 +7,7 @@
 
 namespace fusedopt::cuda {
 
-constexpr int kWarp = 32, kMostThreads = 384, kMostWarps = kMostThreads / kWarp;
+constexpr int kWarp = 32, kMostThreads = 512, kMostWarps = kMostThreads / kWarp;
 constexpr int kLanesPerList = 8;        // threads that share a row or a column of kept entries
 constexpr int64_t kMostChunks = 264;    // two for each multiprocessor of the largest GPUs
 constexpr int64_t kSmallChunk = 512;    // elements; chunks are not made smaller

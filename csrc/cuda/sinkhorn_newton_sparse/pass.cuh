@@ -56,6 +56,7 @@ class Pass {
   // The largest of f_i - C_ij in a column.
   __device__ FUSEDOPT_INLINE double column_top(int64_t j) const {
     double most = Larger::kNothing;
+#pragma unroll 1
     for (int64_t i = 0; i < t_.n; ++i)
       if (t_.a[i] > 0) most = Larger::of(t_.f[i] - t_.cost_at(i, j), most);
     return most;
@@ -80,6 +81,7 @@ class Pass {
   __device__ FUSEDOPT_INLINE void publish(int64_t chunk, const double* columns) const {
     double* const to = t_.memory.partial + chunk * t_.m;
     if (to != columns)
+#pragma unroll 1
       for (int j = group_.rank(); j < t_.columns(); j += group_.size()) to[j] = columns[j];
   }
   __device__ FUSEDOPT_INLINE void publish(int64_t chunk, double sum0, double sum1, double sum2) const {
@@ -91,6 +93,7 @@ class Pass {
   }
   __device__ FUSEDOPT_INLINE void add_chunk_sums(double& sum0, double& sum1, double& sum2) const {
     const int64_t chunks = t_.shape.chunks;
+#pragma unroll 1
     for (int64_t c = team_.thread(); c < chunks; c += blockDim.x) {
       sum0 += t_.memory.chunk_sums[c];
       sum1 += t_.memory.chunk_sums[chunks + c];
@@ -100,6 +103,7 @@ class Pass {
 
   __device__ FUSEDOPT_INLINE void solve_rows(const PassOptions& options, int64_t chunk) {
     double *const row = row_of(chunk), *const columns = columns_of(chunk);
+#pragma unroll 1
     for (int j = group_.rank(); j < t_.columns(); j += group_.size()) {
       columns[j] = 0;
       if (options.keep > 0) t_.memory.counts[chunk * t_.m + j] = 0;
@@ -108,6 +112,7 @@ class Pass {
     const int64_t room = t_.shape.chunk_room;
     int64_t kept = 0;  // more than there is room for: nothing more is kept
     double objective = 0;
+#pragma unroll 1
     for (int64_t i = first_row(chunk); i < last_row(chunk); ++i) {
       const double mass = t_.a[i];
       if (!(mass > 0)) {
@@ -129,6 +134,7 @@ class Pass {
       }
       if (group_.rank() == 0) t_.f[i] = f;
       objective -= mass * f;
+#pragma unroll 1
       for (int j = group_.rank(); j < t_.columns(); j += group_.size())
         if (row[j] > 0) columns[j] = fma(scale, row[j], columns[j]);
       if (options.keep > 0 && kept <= room) keep_row(i, chunk, row, scale, options.keep, &kept);
@@ -174,6 +180,7 @@ class Pass {
       return entry > 0 && entry >= (least < row_least ? least : row_least);
     };
     int mine = 0, total;
+#pragma unroll 1
     for (int j = group_.rank(); j < t_.columns(); j += group_.size()) mine += is_kept(j);
     const int first = group_.scan(mine, &total);
     const int64_t begin = chunk * t_.shape.chunk_room + *kept;
@@ -181,6 +188,7 @@ class Pass {
     if (*kept > t_.shape.chunk_room) return;
     if (group_.rank() == 0) t_.memory.row_begin[i] = begin, t_.memory.row_count[i] = total;
     int64_t at = begin + first;
+#pragma unroll 1
     for (int j = group_.rank(); j < t_.columns(); j += group_.size())
       if (is_kept(j)) {
         t_.memory.value[at] = scale * row[j];
@@ -191,11 +199,14 @@ class Pass {
 
   __device__ FUSEDOPT_INLINE void plan_rows(double reg, int64_t chunk) {
     double* const columns = columns_of(chunk);
+#pragma unroll 1
     for (int j = group_.rank(); j < t_.columns(); j += group_.size()) columns[j] = 0;
     const double inverse_reg = 1 / reg;
     double error = 0, cost = 0, mass = 0;
+#pragma unroll 1
     for (int64_t i = first_row(chunk); i < last_row(chunk); ++i) {
       double v[2] = {};  // the row's mass and cost
+#pragma unroll 1
       for (int j = group_.rank(); j < t_.columns(); j += group_.size()) {
         const double c = t_.cost_at(i, j), entry = exp(((t_.f[i] - c) + t_.g[j]) * inverse_reg);
         if (!(entry > 0)) continue;  // 0 * inf is 0 here
@@ -218,6 +229,7 @@ class Pass {
   __device__ FUSEDOPT_INLINE void add_chunks(F take) {
     const int64_t tiles = t_.shape.tiles, chunks = t_.shape.chunks;
     double(*const sums)[kWarp] = team_.scratch().columns;
+#pragma unroll 1
     for (int64_t tile = team_.block(); tile < tiles; tile += team_.blocks()) {
       const int64_t j = tile * kWarp + team_.lane();
       double sum = 0;
@@ -227,6 +239,7 @@ class Pass {
       sums[team_.warp()][team_.lane()] = sum;
       __syncthreads();
       if (team_.warp() == 0) {
+#pragma unroll 1
         for (int w = 1; w < team_.warps(); ++w) sum += sums[w][team_.lane()];
         take(tile, tiles, j, sum);
       }

@@ -85,6 +85,7 @@ class TransportSolver {
   __device__ FUSEDOPT_INLINE Move begin_stage(int stage) {
     stage_ = stage;
     reg_ = t_.reg;
+#pragma unroll 1
     for (int k = 0; k < stage; ++k) reg_ *= kStageRatio;
     damping_ = kDamping;
     keep_ = kKeep;

@@ -24,6 +24,7 @@ class NewtonSystem {
     each_list(
         t_.m,
         [&](int64_t j, double* sum) {
+#pragma unroll 1
           for (int64_t e = w_.column_begin[j] + list_lane(); e < w_.column_begin[j + 1]; e += kLanesPerList)
             *sum = fma(w_.column_value[e] * w_.column_value[e], w_.inverse_a[w_.row[e]], *sum);
         },
@@ -43,6 +44,7 @@ class NewtonSystem {
       w_.residual[j] = t_.b[j] > 0 ? t_.b[j] - w_.columns[j] : 0;
     });
     double forward = 0, ratio = 0, along = 0, target = 0;
+#pragma unroll 1
     for (int64_t k = 0;; ++k) {
       double now[2];  // <r,r>, <r,z>
       team_.reduce<Add>(w_.partials, t_.m, now, [&](int64_t j, double(&to)[2]) {
@@ -69,6 +71,7 @@ class NewtonSystem {
   // Where each chunk's entries of a column begin among them; returns their number.
   __device__ FUSEDOPT_INLINE int64_t places_in_column(int64_t j) const {
     int32_t sum = 0;
+#pragma unroll 1
     for (int64_t c = 0; c < t_.shape.chunks; ++c) {
       int32_t& count = w_.counts[c * t_.m + j];
       const int32_t own = count;
@@ -83,8 +86,10 @@ class NewtonSystem {
     const int64_t run = ceil_div(t_.m, blockDim.x), first = team_.thread() * run;
     const int64_t last = first + run < t_.m ? first + run : t_.m;
     double v[2] = {};  // whole numbers; of the threads of this warp that come before, and of all
+#pragma unroll 1
     for (int64_t j = first; j < last; ++j) v[1] += double(w_.column_begin[j]);
     double before = 0, all = 0;
+#pragma unroll 1
     for (int other = 0; other < kWarp; ++other) {
       const double theirs = __shfl_sync(~0u, v[1], other);
       if (other < team_.lane()) before += theirs;
@@ -93,6 +98,7 @@ class NewtonSystem {
     v[1] = all;
     team_.before_warp(v);
     int64_t at = int64_t(v[0] + before);
+#pragma unroll 1
     for (int64_t j = first; j < last; ++j) {
       const int64_t count = w_.column_begin[j];
       w_.column_begin[j] = at;
@@ -104,9 +110,11 @@ class NewtonSystem {
   // Rows one after the other: the entries of one row are of different columns.
   __device__ FUSEDOPT_INLINE void copy_by_columns(int64_t chunk) {
     const int64_t first = chunk * t_.shape.chunk_rows, last = first + t_.shape.chunk_rows;
+#pragma unroll 1
     for (int64_t i = first; i < last && i < t_.n; ++i) {
       const int64_t begin = w_.row_begin[i];
       const int32_t count = w_.row_count[i];
+#pragma unroll 1
       for (int32_t e = group_.rank(); e < count; e += group_.size()) {
         const int32_t j = w_.column[begin + e];
         const int64_t at = w_.column_begin[j] + w_.counts[chunk * t_.m + j]++;
@@ -139,6 +147,7 @@ class NewtonSystem {
         t_.n,
         [&](int64_t i, double* sum) {
           const int64_t begin = w_.row_begin[i];
+#pragma unroll 1
           for (int32_t e = list_lane(); e < w_.row_count[i]; e += kLanesPerList) {
             const int32_t j = w_.column[begin + e];
             *sum = fma(w_.value[begin + e], fma(ratio, w_.direction[j], w_.preconditioned[j]), *sum);
@@ -154,6 +163,7 @@ class NewtonSystem {
     each_list(
         t_.m,
         [&](int64_t j, double* sum) {
+#pragma unroll 1
           for (int64_t e = w_.column_begin[j] + list_lane(); e < w_.column_begin[j + 1]; e += kLanesPerList)
             *sum = fma(w_.column_value[e], w_.row_value[w_.row[e]], *sum);
         },

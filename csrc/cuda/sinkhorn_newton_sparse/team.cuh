@@ -139,6 +139,7 @@ class Team {
     if (lane() == 0) to[warp()] = v[1];
     __syncthreads();
     v[0] = v[1] = 0;
+#pragma unroll 1
     for (int w = 0; w < warps(); ++w) {
       if (w < warp()) v[0] += to[w];
       v[1] += to[w];
@@ -168,6 +169,7 @@ class RowGroup {
   template <typename F>
   __device__ FUSEDOPT_INLINE void each_chunk(int64_t chunks, F f) const {
     const int64_t groups = int64_t(team_.blocks()) * (wide_ ? 1 : team_.warps());
+#pragma unroll 1
     for (int64_t c = wide_ ? team_.block() : team_.block() * team_.warps() + team_.warp(); c < chunks; c += groups) f(c);
   }
   template <typename Op, int K>
