@@ -53,7 +53,7 @@ $(VENV)/.torch: $(VENV)/.venv
 	@touch $@
 
 $(VENV)/.demo: $(VENV)/.torch
-	$(PIP) install -q -c constraints.txt matplotlib rich tqdm
+	$(PIP) install -q -c constraints.txt matplotlib rich tqdm scikit-learn POT
 	@touch $@
 
 # nvdisasm reads the kernels' machine code. Where there is no nvcc, the compiler comes from PyPI too.
@@ -66,7 +66,7 @@ $(VENV)/.test: $(VENV)/.torch
 
 # deepspeed comes as a source that imports torch to build, and compiles its CPU Adam (minutes) at first use.
 $(VENV)/.bench: $(VENV)/.torch
-	$(PIP) install -q -c constraints.txt matplotlib rich bitsandbytes torchao regot POT
+	$(PIP) install -q -c constraints.txt matplotlib rich bitsandbytes torchao regot POT geomloss ott-jax
 	$(PIP) install -q -c constraints.txt --no-deps adam-mini pytorch_optimizer
 	$(PIP) install -q -c constraints.txt einops hjson msgpack psutil py-cpuinfo pydantic tqdm packaging
 	$(PIP) install -q -c constraints.txt --no-deps --no-build-isolation deepspeed

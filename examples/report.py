@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+from digits import PAIRS, REG, SIDE, Timing
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -102,7 +103,28 @@ def print_table(results: Sequence[Result], console: Console) -> None:
     console.print(table)
 
 
-def write_json(results: Sequence[Result], config: dict[str, Any], path: Path) -> None:
+def print_transport(timings: Sequence[Timing], console: Console) -> None:
+    """Print one line per solver of optimal transport."""
+    table = Table(
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        title=f"Optimal transport between {PAIRS} pairs of handwritten digits",
+        caption=f"{SIDE} x {SIDE} pixels, squared distances, reg {REG:g} of the largest cost",
+    )
+    for header, justify in (("solver", "left"), ("ms", "right"), ("marginal error", "right")):
+        table.add_column(header, justify=justify)
+    table.add_column("time / ours", justify="right")
+    for timing in timings:
+        ratio = timing.seconds / timings[0].seconds
+        table.add_row(
+            timing.label, f"{1e3 * timing.seconds:.0f}", f"{timing.error:.1e}", f"{ratio:.2f}"
+        )
+    console.print(table)
+
+
+def write_json(
+    results: Sequence[Result], config: dict[str, Any], path: Path, transport: Sequence[Timing]
+) -> None:
     """Write the configuration and every result, curves included."""
     rows = [
         asdict(result)
@@ -116,7 +138,8 @@ def write_json(results: Sequence[Result], config: dict[str, Any], path: Path) ->
         }
         for result in results
     ]
-    path.write_text(json.dumps({"config": config, "results": rows}, indent=1) + "\n")
+    everything = {"config": config, "results": rows, "transport": [asdict(t) for t in transport]}
+    path.write_text(json.dumps(everything, indent=1) + "\n")
 
 
 def smooth(values: Sequence[float], keep: float = 0.9) -> list[float]:

@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import digits
 import torch
 from gpt import (
     GPT,
@@ -31,7 +32,7 @@ from gpt import (
     random_windows,
     read_modules,
 )
-from report import Result, print_table, write_json, write_plot
+from report import Result, print_table, print_transport, write_json, write_plot
 from rich.console import Console
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -262,16 +263,18 @@ def main() -> None:
         describe_data(model, train_text, validation_text), highlight=False, soft_wrap=True
     )
 
+    transport = digits.time_pairs()
     trainers = [Trainer(row, copy.deepcopy(model), arguments.steps) for row in OPTIMIZERS]
     train(trainers, batches, validation.to(device))
     results = [trainer.finish() for trainer in trainers]
 
     print_table(results, console)
+    print_transport(transport, console)
     arguments.out.mkdir(parents=True, exist_ok=True)
     plot, data = arguments.out / "loss.png", arguments.out / "results.json"
     title = f"{model.describe()}, on Python's own sources\n{hardware(device)}"
     write_plot(results, title, plot)
-    write_json(results, describe_run(arguments, device, model), data)
+    write_json(results, describe_run(arguments, device, model), data, transport)
     console.print(f"plot: {plot.resolve()}\nJSON: {data.resolve()}", soft_wrap=True)
 
 

@@ -43,6 +43,7 @@ def test_avx512_source_gives_the_bits_of_avx2(tmp_path: Path) -> None:
         "kernels",
         "muon",
         "newton_schulz",
+        "sinkhorn_knopp",
         "sinkhorn_newton_sparse",
     ]
     wide = [*TWIN, "-DFUSEDOPT_TARGET=avx512", "-DFUSEDOPT_PACK_BYTES=64"]

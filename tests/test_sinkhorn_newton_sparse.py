@@ -4,6 +4,7 @@ import itertools
 import math
 import subprocess
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -351,6 +352,229 @@ def test_gradients_of_scaled_marginals_and_batches():
 
     assert torch.autograd.gradcheck(value, (t, cost), atol=1e-7, rtol=1e-5)
     assert solve(cost[0], reg=0.1).value.shape == ()
+
+
+def rand(*shape, seed=0):
+    numbers = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=numbers, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(5, 6), (12, 9), (1, 3)])
+def test_gradients_of_plans_and_potentials(shape, backend):
+    n, m = shape
+    given = [rand(n, m).abs(), rand(n, seed=1), rand(m, seed=2)]
+
+    def outputs(cost, x, y):
+        result = solve(cost, softmax(x), softmax(y), reg=0.1, tol=1e-13, backend=backend)
+        return result.plan(), result.f, result.g
+
+    assert torch.autograd.gradcheck(
+        outputs, [x.requires_grad_() for x in given], atol=1e-6, rtol=1e-4
+    )
+
+
+def test_gradients_of_a_batch_of_plans():
+    """One marginal for all problems, one for each; and a problem of the batch alone."""
+    given = [rand(3, 7, 5).abs(), rand(7, seed=1), rand(3, 5, seed=2)]
+
+    def outputs(cost, x, y):
+        result = solve(cost, softmax(x), softmax(y), reg=[0.1, 0.03, 0.2], tol=1e-13)
+        return result.plan(), result[1].plan(), result[2].f
+
+    assert torch.autograd.gradcheck(
+        outputs, [x.requires_grad_() for x in given], atol=1e-6, rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize(("family", "reg"), [("images L1", 1e-2), ("assignment", 3e-3)])
+def test_gradients_of_larger_plans_along_a_direction(family, reg):
+    """Differences of the plan itself, on a graph with runs and isolated entries."""
+    cost, a, b = (torch.from_numpy(x) for x in FAMILIES[family][0])
+    weights, direction = rand(*cost.shape, seed=1), rand(*cost.shape, seed=2)
+    move = rand(len(a), seed=3) * a
+    move -= a * move.sum() / a.sum()
+
+    def loss(t):
+        result = solve(cost + t * direction, a + t * move, b, reg=reg, tol=1e-12)
+        return (result.plan() * weights).sum()
+
+    t = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    loss(t).backward()
+    h = 1e-4 * reg
+    with torch.no_grad():
+        difference = (loss(t.detach() + h) - loss(t.detach() - h)) / (2 * h)
+    assert t.grad == pytest.approx(difference, rel=1e-5)
+
+
+def test_gradients_by_both_backends_where_mass_and_ways_are_missing():
+    cost, a, b = random(20, 17)
+    cost[np.random.default_rng(1).random(cost.shape) < 0.3] = np.inf
+    a[[0, 7]] = 0
+    b[3] = 0
+    weights = rand(20, 17)
+    grads = []
+    for backend in BACKENDS:
+        given = [torch.tensor(x).requires_grad_() for x in (cost, a / a.sum(), b / b.sum())]
+        (solve(*given, reg=0.05, tol=1e-12, backend=backend).plan() * weights).sum().backward()
+        grads.append([x.grad for x in given])
+    difference = grads[0][1] - grads[1][1]  # balanced changes see no common shift of both sides
+    shift = difference[1]
+    torch.testing.assert_close(grads[0][0], grads[1][0], atol=1e-10, rtol=0)
+    for side, mass, sign in ((1, a, 1), (2, b, -1)):
+        kept = torch.from_numpy(mass > 0)
+        moved = grads[1][side] + sign * shift
+        torch.testing.assert_close(grads[0][side][kept], moved[kept], atol=1e-8, rtol=0)
+        assert grads[0][side].isfinite().all()
+
+
+def test_callback_sees_the_trace():
+    (cost, a, b), reg = FAMILIES["assignment"]
+    for backend in BACKENDS:
+        seen = []
+        result = solve(cost, a, b, reg=reg, backend=backend, callback=seen.append)
+        assert seen == result.trace
+        assert (solve(cost, a, b, reg=reg, backend=backend).f == result.f).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("method", ["sns", "sinkhorn"])
+def test_callback_stops(method, backend):
+    (cost, a, b), reg = FAMILIES["assignment"]
+    stop = itertools.count(1)
+    result = solve(
+        cost, a, b, reg=reg, method=method, backend=backend, callback=lambda step: next(stop) == 6
+    )
+    assert result.iterations == 6 and not result.converged
+    assert error_of(cost, a, b, result.f, result.g, reg)[1] == pytest.approx(
+        result.marginal_error, rel=1e-6
+    )
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_callback_of_many_problems(threads):
+    """It is told which problem; it may stop one; what it raises ends all and comes out."""
+    cost = np.random.default_rng(0).random((4, 30, 30))
+    fusedopt.set_num_threads(threads)
+    try:
+        seen = []
+        batch = solve(cost, reg=0.01, callback=lambda step, i: seen.append(i) or i == 2)
+        assert [seen.count(i) for i in range(4)] == list(batch.iterations)
+        assert batch.iterations[2] == 1 and list(batch.converged) == [True, True, False, True]
+        seen.clear()
+        solve(list(cost[:2]), reg=0.01, callback=lambda step, i: seen.append(i))
+        assert set(seen) == {0, 1}
+
+        def fail(step, i):
+            raise LookupError(f"problem {i}")
+
+        with pytest.raises(LookupError, match="problem"):
+            solve(cost, reg=0.01, callback=fail)
+    finally:
+        fusedopt.set_num_threads(None)
+    with pytest.raises(TypeError, match="callback is int"):
+        solve(cost, reg=0.01, callback=3)
+
+
+def test_progress(capsys, monkeypatch):
+    cost, a, b = random(30, 30)
+    result = solve(cost, a, b, reg=0.01, progress=True)
+    assert f"{result.iterations} iterations" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    with pytest.raises(ImportError, match=r"pip install fusedopt\[progress\]"):
+        solve(cost, a, b, reg=0.01, progress=True)
+
+
+def allocated(call):
+    """The result, and the most bytes that NumPy held beyond those before."""
+    tracemalloc.start()
+    before = tracemalloc.get_traced_memory()[0]
+    result = call()
+    most = tracemalloc.get_traced_memory()[1] - before
+    tracemalloc.stop()
+    return result, most
+
+
+@pytest.mark.parametrize("case", ["assignment", "mixture"])
+def test_memory(case):
+    """At most two arrays of the cost's size, one with low_memory; also where the plan is dense."""
+    (cost, a, b), reg = (random(600, 600), 1e-3) if case == "assignment" else (mixture(600), 0.02)
+    usual, most = allocated(lambda: solve(cost, a, b, reg=reg))
+    assert cost.nbytes / 2 < most <= 2 * cost.nbytes
+    lean, most = allocated(lambda: solve(cost, a, b, reg=reg, low_memory=True))
+    assert most <= cost.nbytes
+    assert usual.converged and lean.converged
+    assert abs(usual.value - lean.value) <= 1e-12
+    for method, backend in (("sinkhorn", "cpu"), ("sns", "reference")):
+        options = {"method": method, "backend": backend, "max_iter": 3}
+        assert solve(cost, a, b, reg=reg, low_memory=True, **options).iterations == 3
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (8, 8), (3, 8), (1, 2)])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_tiny_matrices(shape, dtype):
+    """Solved side by side; those that take long or leave the range of exp by the full solver."""
+    rng = np.random.default_rng(0)
+    cost = rng.random((301, *shape)).astype(dtype)
+    reg = np.geomspace(1e-4, 10, 301)
+    result = solve(cost, reg=reg)
+    assert result.converged.all() and (result.marginal_error <= 1e-8).all()
+    assert len(set(result.iterations)) > 1 or shape == (1, 2)
+    for i in range(0, 301, 50):
+        single = solve(cost[i], reg=reg[i])
+        assert (result.f[i] == single.f).all() and result.value[i] == single.value
+        assert result[i].trace == single.trace and len(single.trace) == single.iterations
+        # Another way to the same: Newton from a start goes by the full solver.
+        again = solve(cost[i], reg=reg[i], g=single.g * 0.9)
+        assert abs(again.value - single.value) <= 1e-12 + 1e-9 * reg[i]
+        assert abs(again.cost - single.cost) <= 1e-6
+        plan, error = error_of(
+            cost[i].astype(float), 1 / shape[0], 1 / shape[1], single.f, single.g, reg[i]
+        )
+        assert error <= 1.01e-8 + 4e-16 / reg[i]
+        assert abs((plan * cost[i]).sum() - single.cost) <= 1e-13 + 4e-16 / reg[i]
+
+
+def test_tiny_matrices_with_forbidden_pairs_and_empty_marginals():
+    cost = np.random.default_rng(0).random((40, 4, 4))
+    cost[:, 0, 1:3] = np.inf
+    marginals = np.array([0, 0.5, 0.25, 0.25])
+    result = solve(cost, marginals, marginals[::-1].copy(), reg=0.1)
+    assert result.converged.all()
+    assert (result.f[:, 0] == -np.inf).all() and (result.g[:, 3] == -np.inf).all()
+    assert np.isfinite(result.value).all() and (result.plan()[:, 0] == 0).all()
+    expected = solve(cost, marginals, marginals[::-1].copy(), reg=0.1, backend="reference")
+    np.testing.assert_allclose(result.value, expected.value, atol=1e-14)
+
+
+def test_traces_of_many_problems_end_early():
+    result = solve(np.random.default_rng(0).random((20000, 3, 3)), reg=0.1)
+    assert 16 <= len(result[0].trace) <= 17 or len(result[0].trace) == result.iterations[0]
+    none = solve(np.random.default_rng(0).random((30000, 2, 2)), reg=0.1)
+    assert none[0].trace == [] and none.converged.all()
+
+
+def test_one_marginal_for_all_problems():
+    """A marginal of one row, copied to all problems, lay by columns: the binding refused it."""
+    cost, a, b = random(12, 9)
+    batch = np.stack([cost, cost[::-1]])
+    shared = solve(batch, a, b, reg=0.1)
+    assert (shared.f == solve(batch, np.stack([a, a]), np.stack([b, b]), reg=0.1).f).all()
+
+
+def test_large_costs_are_looked_at_in_parts():
+    """The first of several wrong elements is named, whatever part finds its own first."""
+    cost, a, b = random(400, 500)
+    cost[399, 1] = cost[123, 45] = cost[123, 46] = NAN
+    with pytest.raises(ValueError, match=r"NaN at \(123, 45\)"):
+        solve(cost, a, b, reg=0.1)
+    cost, a, b = random(400, 500)
+    cost[:, 499] = cost[350] = np.inf
+    with pytest.raises(ValueError, match="row 350 has mass"):
+        solve(cost, a, b, reg=0.1)
+    cost[350, 0] = 1
+    with pytest.raises(ValueError, match="column 499 has mass"):
+        solve(cost, a, b, reg=0.1)
 
 
 NAN = float("nan")

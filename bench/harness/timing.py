@@ -24,12 +24,16 @@ _FEWEST_QUIET = 3  # with fewer quiet samples the median is that of all samples
 
 @dataclass
 class Contestant:
-    """One way to do the work. ``wrong`` says why its answer is wrong: it is timed, not ranked."""
+    """One way to do the work. ``wrong`` says why its answer is wrong: it is timed, not ranked.
+
+    ``seconds``: it was timed when its answer was checked, and is too slow for another call.
+    """
 
     name: str
     call: Callable[[], object]
     note: str = ""
     wrong: str = ""
+    seconds: float | None = None
 
 
 @dataclass
@@ -62,7 +66,7 @@ class Case:
 
 @dataclass
 class Row:
-    """The samples of one contestant in one case, in seconds per call."""
+    """The samples of one contestant in one case, in seconds per call; ``every`` 0: no more."""
 
     contestant: Contestant
     burst: int
@@ -118,9 +122,11 @@ def _every(seconds: float, fastest: float) -> int:
 
 def _rows(case: Case) -> list[Row]:
     """Choose each contestant's burst length and how often it takes part; ours always does."""
-    twice = [[_seconds(c.call, 1) for _ in range(2)] for c in case.contestants]
-    once = [min(seconds) for seconds in twice]
-    return [
+    once = [
+        c.seconds if c.seconds is not None else min(_seconds(c.call, 1) for _ in range(2))
+        for c in case.contestants
+    ]
+    rows = [
         Row(
             contestant,
             burst=min(200, math.ceil(_SHORTEST_SAMPLE / seconds)),
@@ -128,6 +134,10 @@ def _rows(case: Case) -> list[Row]:
         )
         for contestant, seconds in zip(case.contestants, once, strict=True)
     ]
+    for row in rows:
+        if row.contestant.seconds is not None:
+            row.samples, row.busy, row.every = [row.contestant.seconds], [False], 0
+    return rows
 
 
 def _round(rows: list[Row], canary: Canary) -> bool:
@@ -157,7 +167,7 @@ def measure(case: Case, on_round: Callable[[], None] = lambda: None) -> list[Row
     quiet = 0
     with _no_garbage_collection():
         for index in range(math.ceil(_EXTRA_ROUNDS * case.rounds)):
-            taking_part = [row for row in rows if index % row.every == 0]
+            taking_part = [row for row in rows if row.every and index % row.every == 0]
             shuffle(taking_part)
             quiet += _round(taking_part, canary)
             on_round()

@@ -57,6 +57,7 @@ class TransportSolver {
     const double target = last_ ? kMargin * p_.tolerance : kStageTolerance * mass_;
     damping_ = kDamping;
     keep_ = kKeep;
+    slow_ = 0;
     evaluate(0, 1);
     double before = 0;
     for (int64_t sinkhorn = 0; !exhausted();) {
@@ -177,9 +178,10 @@ class TransportSolver {
   static constexpr double kDamping = 1e-3, kLeastDamping = 1e-8, kLongest = 50;
   static constexpr int kTrials = 12;
 
-  // Full steps that gain little: what ties the plan's pieces together was dropped.
+  // Full steps that gain little: what ties the plan's pieces together was dropped. A system that is dense already (in
+  // small problems by whole packs) has to show it more than twice.
   void keep_more() {
-    if (system_.entries() * 4 < p_.n * p_.m) keep_ = larger(keep_ / 10, kLeastKeep);
+    if (system_.entries() * 4 < p_.n * p_.m || ++slow_ > 2) keep_ = larger(keep_ / 10, kLeastKeep);
     damping_ /= 4;
   }
 
@@ -264,7 +266,7 @@ class TransportSolver {
          keep_ = kKeep;
   bool last_ = false, kept_ = false, stopped_ = false;
   double gain_ = 0;  // what is still expected of the objective
-  int failures_ = 0, polished_ = 0;
+  int failures_ = 0, polished_ = 0, slow_ = 0;
 };
 
 }  // namespace fusedopt::FUSEDOPT_TARGET

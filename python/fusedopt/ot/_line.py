@@ -22,10 +22,9 @@ def wasserstein_1d(
         raise ValueError("u_values and v_values: expected vectors")
     u, u_levels = _quantiles(u_values, u_weights, "u")
     v, v_levels = _quantiles(v_values, v_weights, "v")
-    if abs(float(u_levels[-1] - v_levels[-1])) > 1e-6 * float(u_levels[-1]):
-        raise ValueError(
-            f"u_weights sum to {float(u_levels[-1]):g} and v_weights to {float(v_levels[-1]):g}"
-        )
+    u_sum, v_sum = (levels.tolist()[-1] for levels in (u_levels, v_levels))
+    if abs(u_sum - v_sum) > 1e-6 * u_sum:
+        raise ValueError(f"u_weights sum to {u_sum:g} and v_weights to {v_sum:g}")
     levels = numbers.concatenate([u_levels, v_levels])
     levels = levels.sort().values if numbers is not np else np.sort(levels)
     steps = levels - numbers.concatenate([levels[:1] * 0, levels[:-1]])

@@ -193,7 +193,7 @@ def _marginal(name: str, values: Any, problems: int, size: int, batched: bool) -
     allowed = [(size,), (problems, size)] if batched else [(size,)]
     if tuple(values.shape) not in allowed:
         raise ValueError(f"{describe(name, values)}: expected shape {allowed[-1]}")
-    array = np.array(np.broadcast_to(_arrays.to_float64(values), (problems, size)))
+    array = np.array(np.broadcast_to(_arrays.to_float64(values), (problems, size)), order="C")
     for wrong, what in ((~np.isfinite(array), "is not finite"), (array < 0, "is negative")):
         if wrong.any():
             index = tuple(int(i) for i in np.argwhere(wrong)[0])[0 if batched else 1 :]

@@ -227,7 +227,7 @@ def _potential(
         raise ValueError(
             f"{name} has shape {tuple(getattr(values, 'shape', ()))}, expected {expected}"
         )
-    array = np.array(_arrays.to_float64(values)).reshape(shape)
+    array = np.array(_arrays.to_float64(values), order="C").reshape(shape)
     array[marginal == 0] = -np.inf
     if not np.isfinite(array[marginal > 0]).all():
         raise ValueError(f"{_transport.describe(name, values)}: not finite where there is mass")
