@@ -58,6 +58,7 @@ class TransportSolver {
     damping_ = kDamping;
     keep_ = kKeep;
     slow_ = 0;
+    longest_ = kLongest;
     evaluate(0, 1);
     double before = 0;
     for (int64_t sinkhorn = 0; !exhausted();) {
@@ -152,7 +153,8 @@ class TransportSolver {
       const double size = w_.step[j] < 0 ? -w_.step[j] : w_.step[j];
       most = size > most ? size : most;
     }
-    if (most > kLongest) step = kLongest / most;
+    const bool cut = most > longest_;
+    if (cut) step = longest_ / most;
     for (int trial = 0; trial < kTrials; ++trial) {
       for (int64_t j = 0; j < p_.m; ++j) w_.g[j] = w_.base[j] + step * reg_ * w_.step[j];
       evaluate(keep_, 1);
@@ -162,7 +164,8 @@ class TransportSolver {
       const bool level = objective_ <= start + noise && (now < 0 ? -now : now) <= 0.9 * -slope;
       if (lower || level) {
         record(true, cg.iterations, step);
-        damping_ = step == 1 ? larger(damping_ / 2, kLeastDamping) : damping_ * 2;
+        if (trial > 0 || !cut) damping_ = step == 1 ? larger(damping_ / 2, kLeastDamping) : damping_ * 2;
+        longest_ = trial > 0 ? kLongest : cut ? 2 * longest_ : longest_;
         const double shrink = error_ / before;
         gain_ = -slope * reg_ * shrink * shrink;
         if (step == 1 && error_ > kSlow * before) keep_more();
@@ -173,9 +176,11 @@ class TransportSolver {
     copy(w_.base, w_.g);
     evaluate(keep_, 1);
     damping_ *= 10;
+    longest_ = kLongest;
     return false;
   }
-  static constexpr double kDamping = 1e-3, kLeastDamping = 1e-8, kLongest = 50;
+  static constexpr double kDamping = 1e-3, kLeastDamping = 1e-8;
+  static constexpr double kLongest = 50;  // at first; pieces that do not touch may have far to go
   static constexpr int kTrials = 12;
 
   // Full steps that gain little: what ties the plan's pieces together was dropped. A system that is dense already (in
@@ -265,6 +270,7 @@ class TransportSolver {
   double mass_ = 0, reg_ = 0, error_ = 0, norm_ = 0, objective_ = 0, best_error_ = 0, damping_ = kDamping,
          keep_ = kKeep;
   bool last_ = false, kept_ = false, stopped_ = false;
+  double longest_ = kLongest;
   double gain_ = 0;  // what is still expected of the objective
   int failures_ = 0, polished_ = 0, slow_ = 0;
 };
