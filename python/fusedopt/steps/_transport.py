@@ -237,15 +237,16 @@ def _rows(cost: Any, batched: bool) -> Any:
     return cost if batched else cost[None]
 
 
-def check_cost(given: Problem, summaries: NDArray[Any]) -> NDArray[Any]:
+def check_cost(given: Problem, found: Any) -> NDArray[Any]:
     """The range of each problem's finite costs.
 
-    ``summaries`` has a row for each: least and largest finite cost, then where these are (or -1): a
+    ``found`` has a row for each: least and largest finite cost, then where these are (or -1): a
     NaN, a ``-inf``, a row and a column that have mass but no finite cost opposite to mass.
 
     Raises:
         ValueError: NaN, ``-inf``, a row or column without a way out, or a ``reg`` too small.
     """
+    summaries = np.asarray(found, dtype=float)
     least, most = summaries[:, 0], summaries[:, 1]
     largest = np.maximum(abs(least), abs(most))
     bad = (summaries[:, 2:] >= 0).any(axis=1) | (given.reg < SMALLEST_REG * largest)

@@ -310,8 +310,7 @@ def _launch_reference(
 ) -> Solved:
     cost = _arrays.to_float64(given.cost)
     _transport.check_cost(
-        given,
-        np.array([reference.inspect(*x) for x in zip(cost, given.a, given.b, strict=True)], float),
+        given, [reference.inspect(*each) for each in zip(cost, given.a, given.b, strict=True)]
     )
     solved = [
         reference.sinkhorn_newton_sparse(
