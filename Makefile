@@ -60,7 +60,7 @@ $(VENV)/.demo: $(VENV)/.torch
 # nvdisasm reads the kernels' machine code. Where there is no nvcc, the compiler comes from PyPI too.
 CUDA_COMPILER := nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-crt nvidia-cuda-runtime nvidia-cuda-cccl
 $(VENV)/.test: $(VENV)/.torch
-	$(PIP) install -q -c constraints.txt pytest pytest-xdist hypothesis ml_dtypes expecttest triton matplotlib rich tqdm transformers
+	$(PIP) install -q -c constraints.txt pytest pytest-xdist hypothesis ml_dtypes expecttest triton matplotlib rich tqdm transformers scikit-learn
 	$(PIP) install -q -c constraints.txt nvidia-cuda-nvdisasm
 	@command -v nvcc >/dev/null || $(PIP) install -q -c constraints.txt $(CUDA_COMPILER)
 	@touch $@
