@@ -58,12 +58,14 @@ class TransportPeer:
     """A solver of optimal transport: ``solve(cost, a, b, reg, tol)`` returns the plan.
 
     ``exact``: it has no use for ``reg``. ``batched``: it takes many problems, and only those.
+    ``compiles``: in its first call, for each shape.
     """
 
     name: str
     solve: Callable[[Any, Any, Any, float, float], Any]
     exact: bool = False
     batched: bool = False
+    compiles: bool = False
 
 
 def require_parameter_dtype(params: Sequence[Parameter], state_dtype: torch.dtype) -> None:
