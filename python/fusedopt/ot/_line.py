@@ -61,6 +61,6 @@ def wasserstein(a: Any, b: Any, M: Any = None, reg: Any = None, *, p: float = 1)
         if reg is not None:
             raise ValueError("reg needs M: on a line the distance is exact")
         numbers = namespace(a)
-        bins = [numbers.arange(len(x), dtype=x.dtype) for x in (a, b)]
-        return wasserstein_1d(*bins, a, b, p) ** (1 / p)
+        first, second = (numbers.arange(len(x), dtype=x.dtype) for x in (a, b))
+        return wasserstein_1d(first, second, a, b, p) ** (1 / p)
     return solve(M, given(a), given(b), reg).value_linear ** (1 / p)

@@ -69,8 +69,8 @@ def _launch_cpu(logits: Any, up: Any, iterations: int) -> Any:
         given = [None if x is None else np.ascontiguousarray(np.asarray(x)) for x in (logits, up)]
         result = np.empty_like(given[0])
     flat = (-1, *logits.shape[-2:]) if 0 not in logits.shape else (0, 1, 1)
-    arrays = [None if x is None else x.reshape(flat) for x in (*given, result)]
-    _C.sinkhorn_knopp(*arrays, iterations, get_num_threads())
+    first, second, third = (None if x is None else x.reshape(flat) for x in (*given, result))
+    _C.sinkhorn_knopp(first, second, third, iterations, get_num_threads())
     return result
 
 

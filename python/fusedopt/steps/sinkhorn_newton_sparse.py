@@ -82,7 +82,12 @@ def sinkhorn_newton_sparse(
     if method not in METHODS:
         raise ValueError(f"method is {method!r}, expected one of {', '.join(METHODS)}")
     _check_limits(tol, max_iter)
-    options = {"tol": tol, "max_iter": max_iter, "method": method, "low_memory": low_memory}
+    options: dict[str, Any] = {
+        "tol": tol,
+        "max_iter": max_iter,
+        "method": method,
+        "low_memory": low_memory,
+    }
     with Watch(callback, progress) as watch:
         if isinstance(cost, list | tuple):
             return _solve_list(cost, a, b, reg, f, g, backend, watch, options)
@@ -354,9 +359,10 @@ def _adjoint_reference(
     given: Problem, f: NDArray[Any], g: NDArray[Any], rows: NDArray[Any], columns: NDArray[Any]
 ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
     cost = _arrays.to_float64(given.cost)
+    regs = given.reg.tolist()
     solved = [
-        reference.adjoint(*each, float(reg))
-        for *each, reg in zip(cost, f, g, rows, columns, given.reg, strict=True)
+        reference.adjoint(cost[i], f[i], g[i], rows[i], columns[i], reg)
+        for i, reg in enumerate(regs)
     ]
     x, y = (np.stack(part) for part in zip(*solved, strict=True))
     return x, y, np.zeros(len(cost))
