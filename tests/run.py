@@ -28,7 +28,7 @@ PARALLEL = ["-n2", "--dist=worksteal"]
 SANITIZED = ["layouts", "adamw_on_gpus", "blockwise_adam_on_gpus", "muon_on_gpus"]
 ON_A_GPU = [
     *("adamw", "optim_adamw", "torch_optim_infos", "torch_state_exchange"),
-    *("blockwise_adam", "optim_blockwise_adam", *SANITIZED),
+    *("blockwise_adam", "optim_blockwise_adam", "sinkhorn_on_gpus", *SANITIZED),
 ]
 
 

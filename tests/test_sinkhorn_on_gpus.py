@@ -5,10 +5,10 @@ FUSEDOPT_FAKE_GPU says whether there are fake ones, see where.py.
 
 import numpy as np
 import pytest
+import test_sinkhorn_newton_sparse as cases
 import torch
 
 import fusedopt
-import test_sinkhorn_newton_sparse as cases
 from cuda_host import fake_gpu
 from fusedopt import backends
 
@@ -223,3 +223,54 @@ def test_the_cost_lies_where_the_backend_is():
     with pytest.raises(ValueError, match="cost is on a GPU, but backend 'cpu'"):
         solve(torch.from_numpy(cost), reg=0.1, backend="cpu")
     assert backends.supports("sinkhorn_newton_sparse", "cuda", ["float32"], "cuda") == (True, "")
+
+
+# ---- tiny matrices
+
+
+@fake
+@once
+@pytest.mark.parametrize("size", [(4, 4), (3, 7)])
+def test_tiny_plans(size):
+    rng = torch.Generator().manual_seed(0)
+    cost = torch.randn(2, 5, *size, generator=rng, dtype=torch.float64)
+    a = torch.rand(size[0], generator=rng, dtype=torch.float64)
+    for masses in ((None, None), (a, torch.full(size[1:], float(a.sum()) / size[1]))):
+        got = fusedopt.tiny_plans(cost, *masses, reg=0.5, iterations=7)
+        want = fusedopt.tiny_plans(cost, *masses, reg=0.5, iterations=7, backend="reference")
+        assert got.shape == cost.shape and got.dtype == torch.float64
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
+    cost.requires_grad_()
+    assert torch.autograd.gradcheck(lambda c: fusedopt.tiny_plans(c, reg=0.5, iterations=4), cost)
+    assert fusedopt.tiny_plans(cost[:, :0].float(), reg=0.5).shape == (2, 0, *size)
+
+
+@fake
+@once
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        ({"cost": torch.zeros(3, 9, 4)}, ValueError, "n and m from 1 to 8"),
+        ({"cost": torch.zeros(4)}, ValueError, "n and m from 1 to 8"),
+        ({"cost": torch.zeros(4, 4).half()}, TypeError, "float16"),
+        ({"reg": 0.0}, ValueError, "reg is 0.0"),
+        ({"iterations": 0}, ValueError, "iterations is 0"),
+        ({"a": torch.ones(3)}, ValueError, r"a has shape \(3,\), expected \(4,\)"),
+        ({"b": torch.ones(4, requires_grad=True)}, ValueError, "b requires a gradient"),
+    ],
+)
+def test_tiny_plans_refuse(change, kind, message):
+    arguments = {"cost": torch.zeros(2, 4, 4), "reg": 1.0} | change
+    with pytest.raises(kind, match=message):
+        fusedopt.tiny_plans(arguments.pop("cost"), **arguments)
+
+
+@pytest.mark.gpu
+def test_tiny_plans_on_a_real_gpu():
+    cost = torch.randn(1000, 4, 4, dtype=torch.float64)
+    want = fusedopt.tiny_plans(cost, reg=0.5, backend="reference")
+    there = cost.cuda().requires_grad_()
+    torch.testing.assert_close(fusedopt.tiny_plans(there, reg=0.5).cpu(), want)
+    assert torch.autograd.gradcheck(
+        lambda c: fusedopt.tiny_plans(c, reg=0.5), there[:5].detach().requires_grad_()
+    )

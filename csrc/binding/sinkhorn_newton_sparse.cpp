@@ -316,8 +316,7 @@ template <typename T>
 T* on_device(ArrayReader& reader, const CostView& cost, const py::object& array, int64_t size, const char* name) {
   ArrayView view;
   reader.read(array.ptr(), {name, -1, ""}, &view);
-  const bool there = view.device.type == cost.device.type && view.device.id == cost.device.id;
-  if (!there || !view.contiguous() || view.numel() < size)
+  if (!(view.device == cost.device) || !view.contiguous() || view.numel() < size)
     throw py::value_error(std::string(name) + " does not fit the launch");
   return static_cast<T*>(view.data);
 }
@@ -394,6 +393,17 @@ void tiny_plans(const py::object& cost, const py::object& a, const py::object& b
                   });
 }
 
+int64_t tiny_plans_workspace_bytes(int64_t problems, int n, int m, bool single, int iterations) {
+  cuda::TinyPlans plans = {};
+  plans.problems = problems;
+  plans.n = n;
+  plans.m = m;
+  plans.single = single;
+  plans.iterations = iterations;
+  if constexpr (kWithCuda) return cuda::tiny_plans_workspace_bytes(plans);
+  throw std::runtime_error("built without CUDA kernels");
+}
+
 void tiny_plans_backward(const py::object& cost, const py::object& a, const py::object& b, double reg, int iterations,
                          const py::object& plan_gradient, const py::object& cost_gradient, const py::object& workspace,
                          uintptr_t stream_address) {
@@ -403,12 +413,11 @@ void tiny_plans_backward(const py::object& cost, const py::object& a, const py::
                     const int64_t size = view.problems * view.n * view.m;
                     void* const from = on_device<void>(reader, view, plan_gradient, size, "plan_gradient");
                     void* const to = on_device<void>(reader, view, cost_gradient, size, "cost_gradient");
-                    int64_t bytes = 0;
-                    if constexpr (kWithCuda) bytes = cuda::tiny_plans_workspace_bytes(plans);
+                    const int64_t bytes =
+                        tiny_plans_workspace_bytes(plans.problems, plans.n, plans.m, plans.single, plans.iterations);
                     void* const memory = on_device<void>(reader, view, workspace, bytes, "workspace");
                     launch_on_gpu(view.device.id, [&] {
-                      if constexpr (kWithCuda)
-                        return cuda::launch_tiny_plans_backward(plans, from, to, memory, stream);
+                      if constexpr (kWithCuda) return cuda::launch_tiny_plans_backward(plans, from, to, memory, stream);
                       return Status();
                     });
                   });
@@ -431,6 +440,8 @@ void bind_sinkhorn_newton_sparse(py::module_& module) {
              "facts"_a, "tolerance"_a, "max_iterations"_a, "trace_rows"_a, "sinkhorn"_a, "warm"_a, "single_step"_a,
              "workspace"_a, "stream"_a);
   module.def("tiny_plans", &tiny_plans, "cost"_a, "a"_a, "b"_a, "reg"_a, "iterations"_a, "plan"_a, "stream"_a);
+  module.def("tiny_plans_workspace_bytes", &tiny_plans_workspace_bytes, "problems"_a, "n"_a, "m"_a, "single"_a,
+             "iterations"_a);
   module.def("tiny_plans_backward", &tiny_plans_backward, "cost"_a, "a"_a, "b"_a, "reg"_a, "iterations"_a,
              "plan_gradient"_a, "cost_gradient"_a, "workspace"_a, "stream"_a);
 }

@@ -1,16 +1,17 @@
-// Sinkhorn-Newton-Sparse on a GPU: the whole solve in one launch, the host waits for nothing in between. One problem has
-// the whole grid, which meets at barriers; of many small ones each has a thread block. The same source serves both
-// (team.cuh), and gives the same bits. The parts stand in cuda/sinkhorn_newton_sparse/: pass (the fused kernel, with
-// bytes and operations), system (conjugate gradients), inspect, solver.
+// Sinkhorn-Newton-Sparse on a GPU: the whole solve in one launch, the host waits for nothing in between. One problem
+// has the whole grid, which meets at barriers; of many small ones each has a thread block. The same source serves both
+// (team.cuh), and gives the same bits: what decides is uniform, so templates would only double the machine code. 512
+// threads of 128 registers, all of a multiprocessor's; nothing spills. The parts stand in cuda/sinkhorn_newton_sparse/:
+// pass (the fused kernel, with bytes and operations), system (conjugate gradients), inspect, solver.
 #define FUSEDOPT_TARGET cuda
 #include "cuda/sinkhorn_newton_sparse.h"
-
 #include "cuda/sinkhorn_newton_sparse/solver.cuh"
 
 namespace fusedopt::cuda {
 namespace {
 
-constexpr int64_t kHeaderBytes = 128;  // of the workspace: the grid's barrier
+constexpr int64_t kHeaderBytes = 128;      // of the workspace: the grid's barrier
+constexpr int64_t kMostRows = 0x7fffffff;  // indices of kept entries have 32 bits
 constexpr int64_t kMostLanes = 1024, kLanesBytes = int64_t(1) << 28;
 
 // Thread blocks that work side by side, each with memory of its own, on a problem each; 0: the grid works on one.
@@ -20,7 +21,8 @@ struct Lanes {
   Lanes(int64_t problems, int64_t n, int64_t m) {
     TransportMemory memory;
     bytes = memory.carve(nullptr, TransportShape::of(n, m));
-    const bool by_block = n * m <= 16384 || (problems > 1 && (n * m <= 65536 || problems >= 64));
+    const bool many = problems >= 64 && n * m <= (1 << 19);
+    const bool by_block = n * m <= 16384 || (problems > 1 && n * m <= 65536) || many;
     const int64_t fit = larger_of(kLanesBytes / bytes, 64), most = fit < kMostLanes ? fit : kMostLanes;
     count = !by_block ? 0 : problems < most ? problems : most;
   }
@@ -75,15 +77,18 @@ int64_t transport_workspace_bytes(int64_t problems, int64_t n, int64_t m) {
 }
 
 Status launch_transport(const TransportBatch& batch, void* workspace, cudaStream_t stream) {
+  if (batch.n > kMostRows || batch.m > kMostRows) return {"a cost has fewer than 2^31 rows and columns"};
+  if (batch.problems == 0) return {};
   const Device device;
   if (device.status != cudaSuccess) return status_of(device.status);
   const TransportShape shape = TransportShape::of(batch.n, batch.m);
   const Lanes lanes(batch.problems, batch.n, batch.m);
   const int64_t wanted = shape.shared_doubles() * int64_t(sizeof(double));
-  const bool rows_in_shared = batch.m <= kAlwaysShared || wanted + int64_t(sizeof(TeamScratch) + sizeof(TransportTask)) + 256 <= device.shared_bytes;
+  const bool rows_in_shared =
+      batch.m <= kAlwaysShared ||
+      wanted + int64_t(sizeof(TeamScratch) + sizeof(TransportTask)) + 256 <= device.shared_bytes;
   const int64_t shared = rows_in_shared ? wanted : 0;
-  cudaError_t status =
-      cudaFuncSetAttribute(transport_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
+  cudaError_t status = cudaFuncSetAttribute(transport_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
   if (status != cudaSuccess) return status_of(status);
   const dim3 threads(shape.threads);
   auto* const memory = static_cast<char*>(workspace);

@@ -34,13 +34,13 @@ struct TransportBatch {  // device memory; problems one after the other
   const double *a, *b, *reg;                           // [problems][n], [problems][m], [problems]
   double tolerance;                                    // on the L1 error of both marginals
   int64_t max_iterations;
-  bool sinkhorn;         // over-relaxed Sinkhorn, else Newton
-  bool warm;             // g holds a start
-  bool single_step;      // one iteration of the method from there, whatever comes of it
-  double *f, *g;         // [problems][n], [problems][m]
-  double* trace;         // [problems][trace_rows][kTraceColumns], of the first iterations
+  bool sinkhorn;     // over-relaxed Sinkhorn, else Newton
+  bool warm;         // g holds a start
+  bool single_step;  // one iteration of the method from there, whatever comes of it
+  double *f, *g;     // [problems][n], [problems][m]
+  double* trace;     // [problems][trace_rows][kTraceColumns], of the first iterations
   int64_t trace_rows;
-  double* facts;         // [problems][kTransportFacts]
+  double* facts;  // [problems][kTransportFacts]
 };
 
 int64_t transport_workspace_bytes(int64_t problems, int64_t n, int64_t m);

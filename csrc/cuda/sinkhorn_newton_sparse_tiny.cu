@@ -2,17 +2,17 @@
 //
 // A matrix of up to 4 x 4 is one thread's, in registers; one of up to 8 x 8 that of eight threads, a row each. Rows and
 // columns of K are scaled to a largest entry of 1, which changes no plan and lets costs differ by 80 reg in float and
-// 600 reg in double. 8 bytes per element in float, 2 n m (iterations + 1) multiply-adds per problem: at 20 iterations of
-// 4 x 4 the arithmetic takes about as long as the memory.
+// 600 reg in double. 8 bytes per element in float, 2 n m (iterations + 1) multiply-adds per problem: at 20 iterations
+// of 4 x 4 the arithmetic takes about as long as the memory.
 //
 // Backward, with R_ij = K_ij u_i v_j / a_i of each row step and likewise of each column step, from the gradient G of P:
 //   row step     dC += reg^-1 du_i R_ij,  dv_j -= sum_i du_i R_ij        (du, dv: of log u, log v)
 //   column step  dC += reg^-1 dv_j C_ij,  du_i  = -sum_j dv_j C_ij
-// All iterations are run first, which leaves every u in the workspace: 12 n bytes more per iteration and problem, in float.
+// All iterations are run first, which leaves every u in the workspace: 12 n bytes more per iteration and problem, in
+// float.
 #define FUSEDOPT_TARGET cuda
-#include "cuda/sinkhorn_newton_sparse_tiny.h"
-
 #include "cuda/launch.cuh"
+#include "cuda/sinkhorn_newton_sparse_tiny.h"
 #include "math/exp.h"
 
 namespace fusedopt::cuda {
@@ -20,8 +20,8 @@ namespace {
 
 constexpr int kTinyThreads = 128;
 
-// What a thread holds of an n x m matrix padded to kSize x kSize: kRows whole rows of it. The kSize / kRows threads of a
-// matrix are neighbours.
+// What a thread holds of an n x m matrix padded to kSize x kSize: kRows whole rows of it. The kSize / kRows threads of
+// a matrix are neighbours.
 template <typename S, int kSize, int kRows>
 struct TinyMatrix {
   static constexpr int kSharers = kSize / kRows;
@@ -119,8 +119,7 @@ struct TinyProblem {
     }
     most = Matrix::over_sharers(most, larger);
 #pragma unroll
-    for (int i = 0; i < kRows; ++i)
-      u[i] = Matrix::row(i) < plans.n ? exp((least_cost[i] - most) * inverse) : 0;
+    for (int i = 0; i < kRows; ++i) u[i] = Matrix::row(i) < plans.n ? exp((least_cost[i] - most) * inverse) : 0;
 #pragma unroll
     for (int j = 0; j < kSize; ++j) {
       S top = lowest;
@@ -140,7 +139,9 @@ struct TinyProblem {
   // Beyond the matrix there is nothing, and no division by it.
   __device__ static S divide(S x, S by) { return by > 0 || by != by ? x / by : S(0); }
 
-  __device__ int64_t place(int k, int i) const { return (int64_t(k) * kSize + Matrix::row(i)) * plans.problems + problem; }
+  __device__ int64_t place(int k, int i) const {
+    return (int64_t(k) * kSize + Matrix::row(i)) * plans.problems + problem;
+  }
   __device__ void remember(S* history, int k) const {
     if (!exists) return;
 #pragma unroll
@@ -180,7 +181,7 @@ struct TinyWayBack {
   using Matrix = typename Problem::Matrix;
   Problem& p;
   const TinyGradient<S>& gradients;
-  Matrix gradient = {};  // of log K
+  Matrix gradient = {};              // of log K
   S du[kRows] = {}, dv[kSize] = {};  // of log u and log v
 
   __device__ static S add(S x, S y) { return x + y; }

@@ -10,15 +10,15 @@ namespace fusedopt::cuda {
 
 constexpr int kTinySize = 8;  // rows and columns at most
 
-struct TinyPlans {                          // device memory; all of one dtype, float where `single`, else double
-  const void* cost;                         // [problems][n][m]
+struct TinyPlans {   // device memory; all of one dtype, float where `single`, else double
+  const void* cost;  // [problems][n][m]
   bool single;
   int64_t problems;
   int n, m;
-  const void *a, *b;                        // [n], [m] for all problems, or nullptr: uniform
+  const void *a, *b;  // [n], [m] for all problems, or nullptr: uniform
   double reg;
-  int iterations;                           // columns, then rows
-  void* plan;                               // [problems][n][m]
+  int iterations;  // columns, then rows
+  void* plan;      // [problems][n][m]
 };
 
 Status launch_tiny_plans(const TinyPlans& plans, cudaStream_t stream);

@@ -73,10 +73,12 @@ def transport_solve_on_gpu(
     workspace: Any,
     stream: int,
 ) -> None: ...
-
 def tiny_plans(
     cost: Any, a: Any, b: Any, reg: float, iterations: int, plan: Any, stream: int
 ) -> None: ...
+def tiny_plans_workspace_bytes(
+    problems: int, n: int, m: int, single: bool, iterations: int
+) -> int: ...
 def tiny_plans_backward(
     cost: Any,
     a: Any,

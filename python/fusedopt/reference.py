@@ -5,7 +5,11 @@ from fusedopt.references.blockwise_adam import BlockwiseAdamResult, blockwise_ad
 from fusedopt.references.muon import MuonResult, NorMuonResult, muon_step, normuon_step
 from fusedopt.references.newton_schulz import newton_schulz
 from fusedopt.references.sinkhorn_knopp import sinkhorn_knopp
-from fusedopt.references.sinkhorn_newton_sparse import SinkhornResult, sinkhorn_newton_sparse
+from fusedopt.references.sinkhorn_newton_sparse import (
+    SinkhornResult,
+    sinkhorn_newton_sparse,
+    tiny_plans,
+)
 
 __all__ = [
     "AdamWResult",
@@ -20,4 +24,5 @@ __all__ = [
     "normuon_step",
     "sinkhorn_knopp",
     "sinkhorn_newton_sparse",
+    "tiny_plans",
 ]

@@ -1,4 +1,4 @@
-"""Optimal transport's CUDA kernels, run on the CPU: truth, the same bits on any grid, sanitizers."""
+"""Optimal transport's CUDA kernels, run on the CPU: truth, equal bits on all grids, sanitizers."""
 
 from __future__ import annotations
 

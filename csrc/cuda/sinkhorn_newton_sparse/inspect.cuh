@@ -8,7 +8,8 @@ namespace fusedopt::cuda {
 class Inspection {
  public:
   // Every thread gets the answers; the problem's facts get them too.
-  __device__ FUSEDOPT_INLINE Inspection(Team& team, RowGroup& group, const TransportTask& task) : team_(team), group_(group), t_(task) {
+  __device__ FUSEDOPT_INLINE Inspection(Team& team, RowGroup& group, const TransportTask& task)
+      : team_(team), group_(group), t_(task) {
     group_.each_chunk(t_.shape.chunks, [&](int64_t chunk) { look(chunk); });
     team_.sync();
     double found[kAnswers];
@@ -30,8 +31,7 @@ class Inspection {
     t_.facts[kLeast] = least_;
     t_.facts[kMost] = most_;
 #pragma unroll
-    for (int k = kNanAt; k < kAnswers; ++k)
-      t_.facts[kNan + k - kNanAt] = found[k] == Larger::kNothing ? -1 : -found[k];
+    for (int k = kNanAt; k < kAnswers; ++k) t_.facts[kNan + k - kNanAt] = found[k] == Larger::kNothing ? -1 : -found[k];
   }
 
   __device__ FUSEDOPT_INLINE double range() const { return most_ - least_; }

@@ -8,25 +8,26 @@
 namespace fusedopt::cuda {
 
 constexpr int kWarp = 32, kMostThreads = 512, kMostWarps = kMostThreads / kWarp;
-constexpr int kLanesPerList = 8;        // threads that share a row or a column of kept entries
-constexpr int64_t kMostChunks = 264;    // two for each multiprocessor of the largest GPUs
-constexpr int64_t kSmallChunk = 512;    // elements; chunks are not made smaller
+constexpr int kLanesPerList = 8;         // threads that share a row or a column of kept entries
+constexpr int64_t kMostChunks = 264;     // two for each multiprocessor of the largest GPUs
+constexpr int64_t kSmallChunk = 512;     // elements; chunks are not made smaller
 constexpr int64_t kAlwaysShared = 5888;  // columns whose row and sums fit in any GPU's shared memory
-constexpr int64_t kKeepAll = 65536;     // elements up to which there is room to keep them all
+constexpr int64_t kKeepAll = 65536;      // elements up to which there is room to keep them all
 
 HOST_DEVICE inline int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
 HOST_DEVICE inline int64_t larger_of(int64_t a, int64_t b) { return a > b ? a : b; }
 
 struct TransportShape {
   int64_t n, m;
-  bool wide;            // a thread block to a row, else a warp
-  int threads;          // of a thread block
+  bool wide;    // a thread block to a row, else a warp
+  int threads;  // of a thread block
   int64_t chunk_rows, chunks;
-  int64_t chunk_room;   // entries that a chunk may keep
-  int64_t tiles;        // of 32 columns
+  int64_t chunk_room;  // entries that a chunk may keep
+  int64_t tiles;       // of 32 columns
 
   HOST_DEVICE static TransportShape of(int64_t n, int64_t m) {
-    TransportShape shape = {n, m, m > 512, m <= 512 ? 128 : m <= 2048 ? 256 : kMostThreads, 0, 0, 0, ceil_div(m, kWarp)};
+    TransportShape shape = {n, m, m > 512, m <= 512 ? 128 : m <= 2048 ? 256 : kMostThreads,
+                            0, 0, 0,       ceil_div(m, kWarp)};
     shape.chunk_rows = larger_of(ceil_div(n, kMostChunks), ceil_div(kSmallChunk, m));
     shape.chunks = ceil_div(n, shape.chunk_rows);
     const int64_t all = shape.chunk_rows * m;
@@ -40,10 +41,11 @@ struct TransportShape {
 
 struct TransportMemory {
   double *log_a, *inverse_a, *row_value;  // n
-  double *log_b, *columns, *base, *best, *step, *residual, *image, *preconditioned, *direction, *diagonal, *jacobi;  // m
+  double *log_b, *columns, *base, *best, *step, *residual, *image, *preconditioned, *direction, *diagonal,
+      *jacobi;              // m
   double *partial, *slack;  // [chunks][m]; slack where rows do not fit in shared memory
-  double *chunk_sums;       // [kChunkSums][chunks]
-  double *partials[2];      // of sums over a grid, in turns
+  double* chunk_sums;       // [kChunkSums][chunks]
+  double* partials[2];      // of sums over a grid, in turns
   // Kept entries: by rows, each chunk in its own room, and by columns, without gaps.
   double *value, *column_value;
   int32_t *column, *row;

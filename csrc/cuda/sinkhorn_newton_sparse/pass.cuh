@@ -1,6 +1,6 @@
 // The fused pass: one read of the cost and at most one exp per element give f, the column sums, and the plan's larger
-// entries (math/sinkhorn_newton_sparse.h has the formulas). A row is held in shared memory between its sum and its share
-// in the columns; consecutive threads read consecutive elements.
+// entries (math/sinkhorn_newton_sparse.h has the formulas). A row is held in shared memory between its sum and its
+// share in the columns; consecutive threads read consecutive elements.
 //
 // Chunks of rows, as many on any GPU, have column sums of their own, which are then added in order: 2 * 8 bytes per
 // chunk and column beside the cost, 5 % of it at n = 10000. Arithmetic is in double for float costs too: some 30
@@ -173,7 +173,8 @@ class Pass {
   }
 
   // Lists the row's larger entries behind those of the chunk's rows before.
-  __device__ FUSEDOPT_INLINE void keep_row(int64_t i, int64_t chunk, const double* row, double scale, double keep, int64_t* kept) {
+  __device__ FUSEDOPT_INLINE void keep_row(int64_t i, int64_t chunk, const double* row, double scale, double keep,
+                                           int64_t* kept) {
     const double row_least = keep * t_.a[i];
     const auto is_kept = [&](int64_t j) {
       const double entry = scale * row[j], least = keep * t_.b[j];

@@ -1,6 +1,6 @@
-// The whole solve, as on the CPU (cpu/sinkhorn_newton_sparse/solver.h): reg goes down in stages, each with a few Sinkhorn
-// iterations and then Newton steps, until the marginal error is below the tolerance. All threads of the team take the
-// same way through it: what decides is the outcome of sums that every one of them has, bit for bit.
+// The whole solve, as on the CPU (cpu/sinkhorn_newton_sparse/solver.h): reg goes down in stages, each with a few
+// Sinkhorn iterations and then Newton steps, until the marginal error is below the tolerance. All threads of the team
+// take the same way through it: what decides is the outcome of sums that every one of them has, bit for bit.
 //
 // It is written as one loop, a pass at g and what follows from it: the pass is in the machine code once, and what goes
 // from one iteration to the next is in registers.
@@ -52,7 +52,9 @@ class TransportSolver {
 
   __device__ FUSEDOPT_INLINE bool last() const { return stage_ == 0; }
   __device__ FUSEDOPT_INLINE bool exhausted() const { return iterations_ >= t_.max_iterations; }
-  __device__ FUSEDOPT_INLINE double target() const { return last() ? kMargin * t_.tolerance : kStageTolerance * t_.mass; }
+  __device__ FUSEDOPT_INLINE double target() const {
+    return last() ? kMargin * t_.tolerance : kStageTolerance * t_.mass;
+  }
 
   // False: the cost or reg is none that can be solved.
   __device__ FUSEDOPT_INLINE bool start() {
@@ -144,9 +146,8 @@ class TransportSolver {
       v[0] = (w_.columns[j] - t_.b[j]) * w_.step[j];
     });
     if (!(slope[0] < 0)) return without_newton();
-    team_.reduce<Larger>(w_.partials, t_.m, most, [&](int64_t j, double(&v)[1]) {
-      v[0] = w_.step[j] < 0 ? -w_.step[j] : w_.step[j];
-    });
+    team_.reduce<Larger>(w_.partials, t_.m, most,
+                         [&](int64_t j, double(&v)[1]) { v[0] = w_.step[j] < 0 ? -w_.step[j] : w_.step[j]; });
     if (team_.thread() == 0) {
       t_.slope = slope[0];
       t_.start = t_.sums.objective;
@@ -209,8 +210,8 @@ class TransportSolver {
   }
   static constexpr double kNewtonSteps = 8;
 
-  // ---- Sinkhorn with over-relaxed potentials (Lehmann et al., arXiv:2012.12562), after some plain iterations at larger
-  // reg. Every tenth iteration is exact in f, so that the marginal error is known there.
+  // ---- Sinkhorn with over-relaxed potentials (Lehmann et al., arXiv:2012.12562), after some plain iterations at
+  // larger reg. Every tenth iteration is exact in f, so that the marginal error is known there.
 
   __device__ FUSEDOPT_INLINE Move after_relaxed() {
     if (purpose_ == kSinkhorn) record(false);
@@ -316,10 +317,10 @@ class TransportSolver {
   int64_t iterations_ = 0;
   double reg_ = 0, pass_keep_ = 0, relax_ = 1, best_error_ = __builtin_inf();
   double damping_ = 0, keep_ = 0, least_keep_ = 0;
-  double before_ = 0;                                       // the error that Sinkhorn's rate is measured from
+  double before_ = 0;  // the error that Sinkhorn's rate is measured from
   double omega_ = 1;
-  double step_ = 0;                                         // of the line search
-  double gain_ = 0;                                         // what is still expected of the objective
+  double step_ = 0;  // of the line search
+  double gain_ = 0;  // what is still expected of the objective
   bool kept_ = false;
 };
 

@@ -1,8 +1,9 @@
-// The Newton system (diag(c) + shift - S' diag(1/a) S) v = b - c over the kept entries, by conjugate gradients scaled by
-// the diagonal. The entries lie by rows and, copied once a step, by columns, so that a product gathers twice and
+// The Newton system (diag(c) + shift - S' diag(1/a) S) v = b - c over the kept entries, by conjugate gradients scaled
+// by the diagonal. The entries lie by rows and, copied once a step, by columns, so that a product gathers twice and
 // scatters nowhere: per entry and iteration 24 bytes and two gathered numbers, from L2. Three barriers an iteration.
 //
-// Plans that nearly fall into pieces need many iterations, so the cap is high; the CPU's tree-like factor is sequential.
+// Plans that nearly fall into pieces need many iterations, so the cap is high; the CPU's tree-like factor is
+// sequential.
 #pragma once
 #include "cuda/sinkhorn_newton_sparse/pass.cuh"
 
@@ -129,7 +130,7 @@ class NewtonSystem {
   // take(tile, list, sum, leads) in all lanes of the warp; leads: it is the first of its list.
   template <typename AddTo, typename Take>
   __device__ FUSEDOPT_INLINE void each_list(int64_t count, AddTo add, Take take) const {
-    #pragma unroll 1
+#pragma unroll 1
     for (int64_t tile = team_.first_tile(); tile * kLists < count; tile += int64_t(team_.blocks()) * team_.warps()) {
       const int64_t list = tile * kLists + team_.lane() / kLanesPerList;
       double sum = 0;

@@ -170,7 +170,8 @@ class RowGroup {
   __device__ FUSEDOPT_INLINE void each_chunk(int64_t chunks, F f) const {
     const int64_t groups = int64_t(team_.blocks()) * (wide_ ? 1 : team_.warps());
 #pragma unroll 1
-    for (int64_t c = wide_ ? team_.block() : team_.block() * team_.warps() + team_.warp(); c < chunks; c += groups) f(c);
+    for (int64_t c = wide_ ? team_.block() : team_.block() * team_.warps() + team_.warp(); c < chunks; c += groups)
+      f(c);
   }
   template <typename Op, int K>
   __device__ FUSEDOPT_INLINE void reduce(double (&v)[K]) {

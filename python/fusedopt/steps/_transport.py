@@ -77,7 +77,8 @@ class TransportResult:
     def trace(self) -> list[Any]:
         """One ``TraceStep`` per iteration; a list of such lists for a batch.
 
-        A batch keeps 16 MB of them: of many problems the first iterations, of very many none.
+        A batch keeps 16 MB of them (100 on a GPU): of many problems the first iterations, of very
+        many none.
         """
         if np.ndim(self.iterations):
             return [self[i].trace for i in range(len(self.iterations))]

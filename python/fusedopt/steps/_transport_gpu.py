@@ -51,7 +51,7 @@ def launch_cuda(
         start is not None,
         tol == 0,
         workspace,
-        _stream(given.cost),
+        stream(given.cost),
     )
     found = np.array(facts.cpu().numpy())  # waits for the solve
     least, most, *places = found[:, 6:].T.tolist()
@@ -60,8 +60,8 @@ def launch_cuda(
     return f, g, found[:, :6], trace
 
 
-def _stream(cost: Any) -> int:
-    """Where the array's type tells its stream in C, this is not asked."""
+def stream(cost: Any) -> int:
+    """Torch's current stream; where the array's type tells it in C, this is not asked for."""
     if hasattr(type(cost), "__dlpack_c_exchange_api__"):
         return 0
     return _gpu.current_stream(_C.device_of(cost, "cost")[1], cost)

@@ -239,9 +239,8 @@ def _potential(
     return array
 
 
-Solved = tuple[
-    Any, Any, NDArray[Any], Any
-]  # f, g, facts, trace; tensors where the cost is on a GPU
+# f, g, facts, trace; tensors where the cost is on a GPU
+Solved = tuple[Any, Any, NDArray[Any], Any]
 
 
 _TRACE_BYTES = 1 << 24  # of a batch; beyond it traces end early
