@@ -358,8 +358,7 @@ def test_restarts_stand_where_half_precision_needs_them():
         return schedule.arithmetic, [i for i, step in enumerate(schedule.steps) if step[3]]
 
     assert made("jordan", "float16") == made((3.4445, -4.7750, 2.0315), "float16")
-    assert made("jordan", "float16") == ("float16", [2, 3])
-    assert made("you", "float16") == ("float16", [2, 4])
+    assert made("jordan", "float16") == ("float16", [1, 3])
     for name, arithmetic in [("polar_express", "float16"), ("jordan", "bfloat16")]:
         assert made(name, arithmetic) == ("float32", [])
         assert made(name, arithmetic, restarts=(1, 3)) == (arithmetic, [1, 3])
@@ -378,11 +377,11 @@ def test_auto_by_aspect():
         return schedules.make(name, steps, "auto", dtype, arithmetic).gram_from
 
     assert gram_from("jordan", "bfloat16", "float32") == 1.5
-    assert gram_from("jordan", "float16", "float16") == gram_from("you", "float16", "float16") == 2
+    assert gram_from("jordan", "float16", "float16") == 2
     for given in [
         ("jordan", "bfloat16", "bfloat16"),
         ("jordan", "float16", "float16", 6),
-        ("cubic", "float16", "float16"),
+        ("you", "float16", "float16"),
         ("polar_express", "float16", "float16"),
         ("jordan", "float32", "float32"),
         ("jordan", "float64", "float64"),

@@ -11,9 +11,9 @@ struct Call {  // as test_newton_schulz.py declares it
   const NewtonSchulzStep* steps;
   int64_t steps_size;
   double gram_from;
-  DType dtype;
+  DType dtype, arithmetic;
 
-  NewtonSchulzSchedule schedule() const { return {{steps, steps + steps_size}, gram_from, dtype}; }
+  NewtonSchulzSchedule schedule() const { return {{steps, steps + steps_size}, gram_from, dtype, arithmetic}; }
 };
 
 }  // namespace
