@@ -1,4 +1,4 @@
-"""Newton–Schulz's inputs of the numerics contract, and the plain formula whose error bounds ours."""
+"""Newton–Schulz's inputs of the numerics contract, and the plain formula that bounds errors."""
 
 import ml_dtypes
 import numpy as np

@@ -25,10 +25,13 @@ INTERPRETED = [
     f"tests/test_triton_{name}.py" for name in ("adamw", "blockwise_adam", "newton_schulz")
 ]
 PARALLEL = ["-n2", "--dist=worksteal"]
-SANITIZED = ["layouts", "adamw_on_gpus", "blockwise_adam_on_gpus", "muon_on_gpus"]
+SANITIZED = [
+    *("layouts", "adamw_on_gpus", "blockwise_adam_on_gpus"),
+    *("muon_on_gpus", "newton_schulz_on_gpus"),
+]
 ON_A_GPU = [
-    *("adamw", "optim_adamw", "torch_optim_infos", "torch_state_exchange"),
-    *("blockwise_adam", "optim_blockwise_adam", "sinkhorn_on_gpus", *SANITIZED),
+    *("adamw", "optim_adamw", "torch_optim_infos", "torch_state_exchange", "blockwise_adam"),
+    *("optim_blockwise_adam", "newton_schulz", "sinkhorn_on_gpus", *SANITIZED),
 ]
 
 

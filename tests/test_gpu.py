@@ -341,3 +341,25 @@ def test_muon_replayed_from_a_graph_has_the_bits_of_eager_steps():
     torch.cuda.synchronize()
     for a, b in zip(as_numbers(captured), as_numbers(eager), strict=True):
         assert torch.equal(a, b)
+
+
+# ---- Newton–Schulz
+
+
+@pytest.mark.parametrize("method", ["standard", "gram"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(300, 1000), (512, 512), (12, 65, 33), (2048, 256)], ids=str)
+def test_newton_schulz(shape, dtype, method):
+    """Waits for nothing, and a graph of it gives the same bits."""
+    g = torch.randn(shape, device="cuda").to(dtype)
+    want = fusedopt.reference.newton_schulz(g.double().cpu().numpy())
+    with nothing_waits():
+        got = fusedopt.newton_schulz(g, method=method)
+    off = (got.double().cpu() - torch.from_numpy(want)).norm() / torch.from_numpy(want).norm()
+    limit = {torch.float64: 1e-11, torch.float32: 1e-4, torch.float16: 0.01, torch.bfloat16: 0.06}
+    assert float(off) <= limit[dtype]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = fusedopt.newton_schulz(g, method=method)
+    graph.replay()
+    assert torch.equal(replayed, got)

@@ -45,6 +45,12 @@ __device__ inline uint32_t pack_f16(float low, float high) {
   return two;
 }
 
+__device__ inline float unpack_f16(uint16_t bits) {
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+  return value;
+}
+
 __device__ inline uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }

@@ -89,6 +89,8 @@ inline uint32_t pack_f16(float low, float high) {
   return uint32_t(FUSEDOPT_TARGET::float_to_fp16(high)) << 16 | FUSEDOPT_TARGET::float_to_fp16(low);
 }
 
+inline float unpack_f16(uint16_t bits) { return FUSEDOPT_TARGET::fp16_to_float(bits); }
+
 inline void ldmatrix_x4(uint32_t (&r)[4], const void* row, cuda_host::Site site = cuda_host::Site::here()) {
   cuda_host::MatrixRow rows[32];
   cuda_host::gather_rows(rows, row, site);

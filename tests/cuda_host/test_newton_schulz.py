@@ -106,9 +106,8 @@ def bound_of(g, want, method, dtype):
     """Of jordan's five steps; the Gram form's is the issue's in half precision, else its own."""
     if dtype == "float64":
         return 1e-11
-    plain = plain_error(
-        g.astype(np.float64), "jordan", want, dtype=dtype, gram=method == "gram" and dtype not in HALF
-    )
+    own = method == "gram" and dtype not in HALF
+    plain = plain_error(g.astype(np.float64), "jordan", want, dtype=dtype, gram=own)
     return 2 * (1 + (method == "gram" and dtype == "bfloat16")) * plain + 2 * ulp(dtype)
 
 

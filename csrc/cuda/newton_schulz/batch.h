@@ -11,11 +11,11 @@
 namespace fusedopt::cuda {
 
 constexpr int kMaxMatrices = 512;
-constexpr int kThreads = 256;             // of all kernels but the products
-constexpr int kTile = 64;                 // loading and storing go by tiles of 64 x 64
-constexpr int64_t kMaxChunks = 256;       // that a matrix is inspected in
-constexpr int64_t kChunk = 4096;          // elements of one, about
-constexpr int kRowAlignment = 8;          // rows begin at multiples of so many elements, so of 16 bytes
+constexpr int kThreads = 256;        // of all kernels but the products
+constexpr int kTile = 64;            // loading and storing go by tiles of 64 x 64
+constexpr int64_t kMaxChunks = 256;  // that a matrix is inspected in
+constexpr int64_t kChunk = 4096;     // elements of one, about
+constexpr int kRowAlignment = 8;     // rows begin at multiples of so many elements, so of 16 bytes
 constexpr int64_t kNoDifference = int64_t(~uint64_t(0) >> 1);
 
 struct OuterMatrix {  // the caller's, turned so that its short side lies in rows; strides in elements
@@ -31,9 +31,9 @@ struct OuterMatrices {  // by value in the kernels' arguments
 // mirrored elements that differ, the larger comes to lie above the diagonal. A symmetric one has a symmetric result.
 enum class Turn : int32_t { kNo, kTransposed, kSymmetric };
 
-struct Finding {              // in a chunk of a matrix
-  double largest;             // magnitude; NaN if there is one
-  int64_t first_difference;   // i n + j of the first elements (i, j) and (j, i), i < j, that differ
+struct Finding {             // in a chunk of a matrix
+  double largest;            // magnitude; NaN if there is one
+  int64_t first_difference;  // i n + j of the first elements (i, j) and (j, i), i < j, that differ
 };
 
 HOST_DEVICE inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }

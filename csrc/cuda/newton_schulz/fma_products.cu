@@ -1,8 +1,8 @@
 // Products in float32 and float64 by fma: out = alpha A B + beta C.
 //
-// A thread block makes a tile of 64 x 64, 8 x 8 a thread (8 x 4 in float64), in steps of 32 bytes along the depth K; while
-// one step is multiplied in shared memory, the next is on its way to registers. Every sum runs along the depth in order. Per
-// tile 2 * 64^2 K flops and 512 K bytes in float32 (16 flops per byte from L2).
+// A thread block makes a tile of 64 x 64, 8 x 8 a thread (8 x 4 in float64), in steps of 32 bytes along the depth K;
+// while one step is multiplied in shared memory, the next is on its way to registers. Every sum runs along the depth in
+// order. Per tile 2 * 64^2 K flops and 512 K bytes in float32 (16 flops per byte from L2).
 //
 // A symmetric product has tiles on and below the diagonal only, 1/2 + 32/n of the whole's flops; each thread writes its
 // part as it is and transposed, on the diagonal only what is not above it. So the result is symmetric bit for bit.
@@ -204,8 +204,7 @@ struct Tile {
 };
 
 template <typename Codec, bool kSymmetric>
-__global__ void __launch_bounds__(kThreads<typename Product<Codec>::S>)
-    fma_product_kernel(Product<Codec> product) {
+__global__ void __launch_bounds__(kThreads<typename Product<Codec>::S>) fma_product_kernel(Product<Codec> product) {
   using T = Tile<Codec, kSymmetric>;
   __shared__ __align__(16) typename T::Stage stages[2];
   select_matrix(product, blockIdx.y);
@@ -217,9 +216,8 @@ __global__ void __launch_bounds__(kThreads<typename Product<Codec>::S>)
 template <typename Codec>
 Status launch_fma(const Product<Codec>& product, bool symmetric, int64_t count, cudaStream_t stream) {
   const auto kernel = symmetric ? fma_product_kernel<Codec, true> : fma_product_kernel<Codec, false>;
-  return status_of(
-      launch(kernel, product_grid(product, symmetric, kSide, count), dim3(kThreads<typename Product<Codec>::S>), 0, stream,
-             product));
+  return status_of(launch(kernel, product_grid(product, symmetric, kSide, count),
+                          dim3(kThreads<typename Product<Codec>::S>), 0, stream, product));
 }
 
 }  // namespace

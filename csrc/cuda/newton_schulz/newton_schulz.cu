@@ -5,16 +5,15 @@
 //   Gram form: R = XX', Q = I; each step    Z = bR + cRR    Q <- aQ + QZ    R <- (aI + Z) R (aI + Z);   at last QX
 //
 // T steps are T (3 m n^2 + n^3) flops; in the Gram form 3 m n^2 + (4 T - 3) n^3, and each restart adds 3 (m - n) n^2.
-// Products read and write the schedule's arithmetic and add up in float32 (float64 for float64); all is float64 where the
-// short side has at most 8 elements. Launches: 4 and, for each step, 3; in the Gram form about 5.
+// Products read and write the schedule's arithmetic and add up in float32 (float64 for float64); all is float64 where
+// the short side has at most 8 elements. Launches: 4 and, for each step, 3; in the Gram form about 5.
 #define FUSEDOPT_TARGET cuda
-#include "cuda/newton_schulz.h"
-
 #include <algorithm>
 #include <map>
 #include <tuple>
 #include <vector>
 
+#include "cuda/newton_schulz.h"
 #include "cuda/newton_schulz/outside.h"
 #include "cuda/newton_schulz/product.h"
 
@@ -45,8 +44,8 @@ std::vector<Group> groups_of(const NewtonSchulzMatrix* matrices, int64_t count, 
     const auto [n, m] = shape;
     const int64_t size = std::clamp<int64_t>(kMaxElements / n / m, 1, kMaxMatrices);
     for (size_t at = 0; at < indices.size(); at += size)
-      groups.push_back({n, m, schedule.gram(n, m),
-                        {indices.begin() + at, indices.begin() + std::min(at + size, indices.size())}});
+      groups.push_back(
+          {n, m, schedule.gram(n, m), {indices.begin() + at, indices.begin() + std::min(at + size, indices.size())}});
   }
   return groups;
 }

@@ -1,18 +1,17 @@
 // Reading Newton–Schulz's matrices, normalising them, and writing the results.
 //
-// Two passes over the input: the largest magnitude (and, of a square matrix, how it is to be turned), then the copy into
-// the workspace and its sum of squares; one over the result. In float32 that is 12 bytes per element read and 8 written,
-// with half precision in the workspace 10 and 6. Scaling by a power of two is exact; the division by the norm happens in
-// the first products' factors and costs no rounding of its own.
+// Two passes over the input: the largest magnitude (and, of a square matrix, how it is to be turned), then the copy
+// into the workspace and its sum of squares; one over the result. In float32 that is 12 bytes per element read and 8
+// written, with half precision in the workspace 10 and 6. Scaling by a power of two is exact; the division by the norm
+// happens in the first products' factors and costs no rounding of its own.
 //
 // Sums are float64 and have one order: over each tile of 64 x 64 of the turned matrix, then over tiles. There is no
 // atomic.
 #define FUSEDOPT_TARGET cuda
-#include "cuda/newton_schulz/outside.h"
-
 #include <type_traits>
 
 #include "cuda/launch.cuh"
+#include "cuda/newton_schulz/outside.h"
 #include "cuda/newton_schulz/vectors.cuh"
 #include "math/value.h"
 
@@ -89,8 +88,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t height = (rows + gridDim.x - 1) / gridDim.x, first = blockIdx.x * height;
   const int64_t last = first + height < rows ? first + height : rows;
   Finding own = {0, kNoDifference};
-  with_codec(g.dtype,
-             [&](auto codec) { own = inspect_rows<decltype(codec)>(g, first, last, columns, n == m); });
+  with_codec(g.dtype, [&](auto codec) { own = inspect_rows<decltype(codec)>(g, first, last, columns, n == m); });
   own.largest = combine_threads(own.largest, larger);
   own.first_difference = combine_threads(own.first_difference, earlier);
   if (threadIdx.x == 0) findings[int64_t(blockIdx.y) * gridDim.x + blockIdx.x] = own;
@@ -152,8 +150,8 @@ struct LoadArguments {
   DType dtype;
 };
 
-// Fills the tile with the caller's elements, scaled by 2^exponent and rounded to dtype; zeros outside of the matrix, NaN
-// throughout if there is one.
+// Fills the tile with the caller's elements, scaled by 2^exponent and rounded to dtype; zeros outside of the matrix,
+// NaN throughout if there is one.
 template <typename Codec>
 __device__ void read_tile(Square<typename Codec::Stored>& tile, const OuterMatrix& g, const LoadArguments<Codec>& load,
                           int64_t row0, int64_t column0, double largest) {
@@ -182,7 +180,8 @@ __device__ double write_row(const Square<typename Codec::Stored>& tile, const Ba
                             typename Codec::Stored* x, int64_t row0, int64_t column0) {
   using Stored = typename Codec::Stored;
   constexpr int kVector = kVectorBytes / int(sizeof(Stored));
-  const int row = int(threadIdx.x) / (kTile / kPerThread), column = int(threadIdx.x) % (kTile / kPerThread) * kPerThread;
+  const int row = int(threadIdx.x) / (kTile / kPerThread),
+            column = int(threadIdx.x) % (kTile / kPerThread) * kPerThread;
   double sum = 0;
 #pragma unroll
   for (int i = 0; i < kPerThread; ++i) {
@@ -313,9 +312,9 @@ Status launch_scale_square(const Batch<Codec>& batch, const typename Codec::Stor
                           batch.square_stride, factor, diagonal, to));
 }
 
-#define FUSEDOPT_INSTANTIATE(Codec)                                                                                  \
-  template Status launch_normalize(const OuterMatrices&, const Batch<Codec>&, DType, cudaStream_t);                  \
-  template Status launch_store(const OuterMatrices&, const Batch<Codec>&, const Codec::Stored*, cudaStream_t);       \
+#define FUSEDOPT_INSTANTIATE(Codec)                                                                                \
+  template Status launch_normalize(const OuterMatrices&, const Batch<Codec>&, DType, cudaStream_t);                \
+  template Status launch_store(const OuterMatrices&, const Batch<Codec>&, const Codec::Stored*, cudaStream_t);     \
   template Status launch_scale_square(const Batch<Codec>&, const Codec::Stored*, Batch<Codec>::S, Batch<Codec>::S, \
                                       Codec::Stored*, cudaStream_t)
 FUSEDOPT_INSTANTIATE(BFloat16);

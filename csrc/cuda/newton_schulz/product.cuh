@@ -12,7 +12,7 @@ struct TilePlace {
 
 // Tiles of a symmetric product, row by row of the lower triangle: 0; 1 2; 3 4 5; ...
 __device__ inline TilePlace lower_tile(uint32_t index) {
-  int row = int((sqrt(8.0 * index + 1.0) - 1.0) * 0.5);
+  int row = int((sqrt(8.0f * float(index) + 1.0f) - 1.0f) * 0.5f);
   // Rounding may be off by one beside a square number.
   if (int64_t(row) * (row + 1) / 2 > index) --row;
   if (int64_t(row + 1) * (row + 2) / 2 <= index) ++row;

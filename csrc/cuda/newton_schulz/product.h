@@ -7,8 +7,8 @@
 namespace fusedopt::cuda {
 
 // out <- alpha A B + beta C, rounded once. All lie in the workspace, rows 16-byte aligned; what lies behind a row's end
-// is not looked at. A is rows x depth. In symmetric products B is given by its transpose, which is columns x depth (that
-// of a symmetric matrix is itself); the lower triangle of the result is computed and mirrored.
+// is not looked at. A is rows x depth. In symmetric products B is given by its transpose, which is columns x depth
+// (that of a symmetric matrix is itself); the lower triangle of the result is computed and mirrored.
 template <typename Codec>
 struct Product {
   using Stored = typename Codec::Stored;
@@ -16,8 +16,8 @@ struct Product {
 
   const Stored *a, *b, *c;  // c: nullptr if beta is 0
   Stored* out;
-  int64_t a_stride, b_stride, out_stride;     // from row to row; c has out's
-  int64_t a_matrix, b_matrix, out_matrix;     // from matrix to matrix
+  int64_t a_stride, b_stride, out_stride;  // from row to row; c has out's
+  int64_t a_matrix, b_matrix, out_matrix;  // from matrix to matrix
   int32_t rows, columns, depth;
   S alpha, beta;
   const S* scales;  // nullptr, or by matrix: alpha and beta are multiplied by this to the power of `power`

@@ -1,12 +1,13 @@
 // Products in bfloat16 and float16 on tensor cores (mma.sync, sm_80 and later): out = alpha A B + beta C.
 //
 // Sums are fp32, rounded once at the end. A thread block makes a tile of 128 x 128 (64 x 64 where those would not fill
-// the device) in steps of 32 along the depth K: operands come by cp.async through four stages of swizzled shared memory,
-// fragments by ldmatrix. Per tile 2 * 128^2 K flops and 512 K bytes (64 flops per byte from L2), and 32 KiB written.
+// the device) in steps of 32 along the depth K: operands come by cp.async through four stages of swizzled shared
+// memory, fragments by ldmatrix. Per tile 2 * 128^2 K flops and 512 K bytes (64 flops per byte from L2), and 32 KiB
+// written.
 //
 // A symmetric product has tiles on and below the diagonal only, 1/2 + 64/n of the whole's flops. A tile leaves through
-// shared memory, as it is and, off the diagonal, transposed to its mirror place; on the diagonal what is above comes from
-// what is below. So the result is symmetric bit for bit, and no bit depends on the size of the tile.
+// shared memory, as it is and, off the diagonal, transposed to its mirror place; on the diagonal what is above comes
+// from what is below. So the result is symmetric bit for bit, and no bit depends on the size of the tile.
 #define FUSEDOPT_TARGET cuda
 #include "cuda/newton_schulz/product.cuh"
 #include "cuda/newton_schulz/vectors.cuh"
@@ -28,11 +29,9 @@ struct Shape {
   static_assert(kSide * kOutStride <= 2 * kStages * kOperand);
 };
 
-// Where a chunk of 16 bytes lies in a stage, in elements: eight rows' chunks of one column meet eight different groups of
-// banks. Operands lie by rows of 32 along the depth; B of a full product by rows of kSide.
-__device__ inline int by_depth(int row, int chunk) {
-  return row * kDepth + (chunk ^ (row >> 1 & 3)) * kChunkElements;
-}
+// Where a chunk of 16 bytes lies in a stage, in elements: eight rows' chunks of one column meet eight different groups
+// of banks. Operands lie by rows of 32 along the depth; B of a full product by rows of kSide.
+__device__ inline int by_depth(int row, int chunk) { return row * kDepth + (chunk ^ (row >> 1 & 3)) * kChunkElements; }
 template <int kSide>
 __device__ int by_columns(int k, int chunk) {
   return k * kSide + (chunk ^ (k & 7)) * kChunkElements;
@@ -64,6 +63,10 @@ __device__ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2
 template <typename Codec>
 __device__ uint32_t pack(float low, float high) {
   return Codec::kDType == DType::kBFloat16 ? pack_bf16(low, high) : pack_f16(low, high);
+}
+template <typename Codec>
+__device__ float unpack(uint16_t bits) {
+  return Codec::kDType == DType::kBFloat16 ? bf16_to_float(bits) : unpack_f16(bits);
 }
 
 template <typename Codec, int kSide, bool kSymmetric>
@@ -159,10 +162,10 @@ struct Tile {
           float c0 = 0, c1 = 0;
           if (p.c && row < p.rows && column < p.columns) {
             const uint32_t two = *reinterpret_cast<const uint32_t*>(p.c + row * p.out_stride + column);
-            c0 = p.beta * Codec::decode(uint16_t(two)), c1 = p.beta * Codec::decode(uint16_t(two >> 16));
+            c0 = p.beta * unpack<Codec>(uint16_t(two)), c1 = p.beta * unpack<Codec>(uint16_t(two >> 16));
           }
-          rounded[i][j][half] = pack<Codec>(fma(p.alpha, sum[i][j][2 * half], c0),
-                                            fma(p.alpha, sum[i][j][2 * half + 1], c1));
+          rounded[i][j][half] =
+              pack<Codec>(fma(p.alpha, sum[i][j][2 * half], c0), fma(p.alpha, sum[i][j][2 * half + 1], c1));
         }
   }
 
@@ -261,8 +264,7 @@ template <typename Codec>
 Status launch_half(const Product<Codec>& product, bool symmetric, int64_t count, cudaStream_t stream) {
   int device = 0, multiprocessors = 0;
   Status status = status_of(cudaGetDevice(&device));
-  if (status)
-    status = status_of(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
+  if (status) status = status_of(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
   if (!status) return status;
   const dim3 grid = product_grid(product, symmetric, 128, count);
   return int64_t(grid.x) * grid.y >= multiprocessors ? launch_tiles<Codec, 128>(product, symmetric, count, stream)

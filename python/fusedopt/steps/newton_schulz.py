@@ -33,7 +33,7 @@ def newton_schulz(
 
     Args:
         G: array of torch, NumPy or any DLPack library, shape ``(..., m, n)``; float32, float64,
-            bfloat16 or float16, any finite scale, any strides; not modified.
+            bfloat16 or float16, any finite scale, any strides; not modified. On a GPU, of torch.
         steps: number of iterations, at least 1.
         coefficients: ``"jordan"``, ``"polar_express"`` (safety factor 1.01), ``"you"`` or
             ``"cubic"``; ``(a, b, c)``; or a list of at most ``steps`` of them, whose last one is
@@ -42,12 +42,15 @@ def newton_schulz(
             matrix: fewer operations the longer the matrix is, but in full precision less accurate.
             ``"auto"`` is ``"gram"`` on the CPU for matrices at least 1.5 times as long as wide
             whose input has half precision (by its own dtype or by ``dtype``), where the input's
-            rounding outweighs that; else ``"standard"``.
+            rounding outweighs that; on a GPU for those at least twice as long in Jordan's five
+            steps in float16; else ``"standard"``.
         dtype: each matrix, scaled by a power of two so that no range is exceeded, is rounded to it
             first; ``None``: it stays as it is. On the CPU arithmetic is in float64 for float64, in
-            float32 (or better) for all others, and rounded to ``G``'s dtype at the end. Only where
+            float32 (or better) for all others, and rounded to ``G``'s dtype at the end; only where
             the CPU multiplies bfloat16 (AVX512-BF16) are products of matrices rounded to it summed
-            in float32 and rounded to it again.
+            in float32 and rounded to it again. On a GPU products read and write ``dtype`` and add
+            up in float32 (float64); ``"gram"`` in half precision does so in Jordan's five steps in
+            float16 or where ``restarts`` are given, and else reads and writes float32.
         restarts: steps, counting from 0, before which the Gram form computes the matrix itself and
             its Gram matrix anew; ``None``: none in float32 and float64, which need none.
         backend: as in ``adamw_step``.
@@ -98,8 +101,8 @@ def _empty_like(array: Any, backend: str, stream: int | None) -> Any:
         return _gpu.empty(array.shape, array.dtype, array.device, stream)
     if backend in backends.GPU:
         raise TypeError(
-            f"G is {type(array).__module__}.{type(array).__name__} on a GPU, expected a tensor of "
-            "torch, which the result's memory comes from"
+            f"G is {type(array).__module__}.{type(array).__name__}, but backend {backend!r} takes "
+            "tensors of torch on a GPU: the result's memory comes from torch"
         )
     dtype = backends.dtype_name(array.dtype)
     if isinstance(array, np.ndarray):
