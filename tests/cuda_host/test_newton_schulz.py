@@ -72,7 +72,7 @@ def library():
     return load("address" if ASAN else None)
 
 
-def launch(library, pairs, method="standard", dtype="float32", **options):
+def launch(library, pairs, method="standard", dtype="float32", workspace=None, **options):
     """One call on (input, output) pairs; None, or what went wrong."""
     if method == "gram" and dtype in HALF:
         options.setdefault("restarts", (1, 3))
@@ -88,8 +88,9 @@ def launch(library, pairs, method="standard", dtype="float32", **options):
         CODES[NUMPY[schedule.dtype]],
         CODES[NUMPY[schedule.arithmetic]],
     )
-    size = library.newton_schulz_workspace(ctypes.byref(call))
-    workspace = placed(np.full(size, 0xFF), np.dtype("uint8"))
+    if workspace is None:
+        size = library.newton_schulz_workspace(ctypes.byref(call))
+        workspace = placed(np.full(size, 0xFF), np.dtype("uint8"))
     return library.newton_schulz(
         ctypes.byref(call), ctypes.c_void_p(workspace.ctypes.data), ctypes.c_void_p(0x1000)
     )
@@ -214,6 +215,17 @@ def test_addresses_beyond_32_bits(library):
     g[...] = gauss(2, 20)
     got, want = run(library, [g, placed(g, g.dtype)])
     assert got.tobytes() == want.tobytes()
+
+
+def test_too_long_a_side_is_refused(library):
+    launches(library)
+    small, long = (
+        np.ones((2, 3)),
+        np.lib.stride_tricks.as_strided(np.ones(1), (1, 2**30 + 1), (0, 0)),
+    )
+    message = launch(library, [(small, small), (long, long)], workspace=np.empty(0))
+    assert b"side of more than 2^30" in message
+    assert launches(library) == []
 
 
 def test_every_kernel_runs(library, monkeypatch):

@@ -21,6 +21,7 @@ namespace fusedopt::cuda {
 namespace {
 
 constexpr int64_t kMaxElements = int64_t(1) << 26;  // of a batch, unless a matrix has more
+constexpr int64_t kLongest = int64_t(1) << 30;      // side: products count rows and columns in 32 bits
 
 struct Group {  // matrices that are launched together, by index
   int64_t n, m;
@@ -200,8 +201,11 @@ int64_t newton_schulz_workspace_bytes(const NewtonSchulzMatrix* matrices, int64_
 
 Status launch_newton_schulz(const NewtonSchulzMatrix* matrices, int64_t count, const NewtonSchulzSchedule& schedule,
                             void* workspace, cudaStream_t stream) {
+  const std::vector<Group> groups = groups_of(matrices, count, schedule);
+  for (const Group& group : groups)
+    if (group.m > kLongest) return {"a matrix has a side of more than 2^30 elements"};
   Status status;
-  for (const Group& group : groups_of(matrices, count, schedule)) {
+  for (const Group& group : groups) {
     with_codec(group.arithmetic(schedule), [&](auto codec) {
       status = Iteration<decltype(codec)>(group, matrices, schedule, static_cast<char*>(workspace), stream).run();
     });
