@@ -127,6 +127,17 @@ def test_edges_of_tiles(library, shape, method, dtype, monkeypatch):
     assert error(results[0].astype(np.float64), want) <= bound_of(g, want, method, dtype)
 
 
+def test_the_half_precision_gram_form_where_rounding_is_coherent(library):
+    """What "auto" takes in float16; one shape of all-ones matrices may be lucky: by the worst."""
+    ours, plain = [], []
+    for shape in [(9, 40), (17, 900), (20, 60), (33, 140), (40, 90), (64, 130), (64, 256)]:
+        g = placed(np.ones(shape), NUMPY["float16"])
+        want = reference.newton_schulz(g.astype(np.float64))
+        ours.append(error(run(library, [g], method="auto", dtype="float16")[0], want))
+        plain.append(plain_error(g.astype(np.float64), "jordan", want, dtype="float16"))
+    assert max(ours) <= 3 * max(plain) + ulp("float16")
+
+
 def test_order_of_threads_changes_no_bit(library, monkeypatch):
     for dtype in NUMPY:
         g, results = placed(gauss(33, 70), NUMPY[dtype]), set()
