@@ -138,6 +138,13 @@ def test_the_half_precision_gram_form_where_rounding_is_coherent(library):
     assert max(ours) <= 3 * max(plain) + ulp("float16")
 
 
+def test_bands_of_tiles(library):
+    """More rows of tiles than are walked together, and a last band that is not full."""
+    g = placed(gauss(650, 700), NUMPY["float32"])
+    want = reference.newton_schulz(g.astype(np.float64), steps=1)
+    assert error(run(library, [g], steps=1)[0].astype(np.float64), want) <= 1e-5
+
+
 def test_order_of_threads_changes_no_bit(library, monkeypatch):
     for dtype in NUMPY:
         g, results = placed(gauss(33, 70), NUMPY[dtype]), set()
@@ -268,7 +275,18 @@ def test_no_races(monkeypatch):
 
 @pytest.mark.skipif(ASAN, reason="this is the sanitised run")
 def test_again_under_asan_and_ubsan():
-    left_out = ("asan", "races", "order", "32_bits", "failed", "share", "129", "gram-float64")
+    left_out = (
+        "asan",
+        "races",
+        "bands",
+        "coherent",
+        "order",
+        "32_bits",
+        "failed",
+        "share",
+        "129",
+        "gram-float64",
+    )
     chosen = " and ".join(f"not {name}" for name in left_out)
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
     environment = {**shim.sanitizer_env(), "PYTHONMALLOC": "malloc"}

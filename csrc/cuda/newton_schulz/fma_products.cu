@@ -208,7 +208,7 @@ __global__ void __launch_bounds__(kThreads<typename Product<Codec>::S>) fma_prod
   using T = Tile<Codec, kSymmetric>;
   __shared__ __align__(16) typename T::Stage stages[2];
   select_matrix(product, blockIdx.y);
-  T tile(product, stages, tile_place<kSymmetric>(blockIdx.x, product.columns, kSide));
+  T tile(product, stages, tile_place<kSymmetric>(blockIdx.x, product.rows, product.columns, kSide));
   tile.accumulate();
   tile.write();
 }

@@ -10,7 +10,7 @@ struct TilePlace {
   int row, column;
 };
 
-// Tiles of a symmetric product, row by row of the lower triangle: 0; 1 2; 3 4 5; ...
+// Tiles of a triangle, row by row: 0; 1 2; 3 4 5; ...
 __device__ inline TilePlace lower_tile(uint32_t index) {
   int row = int((sqrt(8.0f * float(index) + 1.0f) - 1.0f) * 0.5f);
   // Rounding may be off by one beside a square number.
@@ -19,11 +19,19 @@ __device__ inline TilePlace lower_tile(uint32_t index) {
   return {row, int(index - int64_t(row) * (row + 1) / 2)};
 }
 
+// Thread blocks go through bands of rows of tiles, each by columns, so that those at work at one time share what they
+// read: in L2 lie a band of A and a few panels of B.
+constexpr int kBand = 8;
+
 template <bool kSymmetric>
-__device__ TilePlace tile_place(uint32_t index, int columns, int tile) {
-  if constexpr (kSymmetric) return lower_tile(index);
-  const int across = (columns + tile - 1) / tile;
-  return {int(index / across), int(index % across)};
+__device__ TilePlace tile_place(uint32_t index, int rows, int columns, int tile) {
+  const int down = (rows + tile - 1) / tile, across = (columns + tile - 1) / tile;
+  const int first = (kSymmetric ? lower_tile(index).row : int(index / across)) / kBand * kBand;
+  const int height = first + kBand < down ? kBand : down - first;
+  const uint32_t own = index - (kSymmetric ? uint32_t(int64_t(first) * (first + 1) / 2) : uint32_t(first) * across);
+  if (!kSymmetric || own < uint32_t(first) * height) return {first + int(own % height), int(own / height)};
+  const TilePlace in_triangle = lower_tile(own - uint32_t(first) * height);
+  return {first + in_triangle.row, first + in_triangle.column};
 }
 
 // Moves the product on to one matrix of the batch, and its factors with it.

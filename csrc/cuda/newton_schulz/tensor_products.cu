@@ -237,7 +237,8 @@ __global__ void __launch_bounds__(Shape<kSide>::kThreads, kSide == 128 ? 2 : 4)
     tensor_product_kernel(Product<Codec> product) {
   DYNAMIC_SMEM(uint16_t, shared);
   select_matrix(product, blockIdx.y);
-  Tile<Codec, kSide, kSymmetric> tile(product, shared, tile_place<kSymmetric>(blockIdx.x, product.columns, kSide));
+  Tile<Codec, kSide, kSymmetric> tile(product, shared,
+                                      tile_place<kSymmetric>(blockIdx.x, product.rows, product.columns, kSide));
   tile.accumulate();
   tile.write();
 }
