@@ -48,6 +48,7 @@ OWN = [
     ("row", (2, 66_000)),
     ("column", (40_000, 2)),
     ("column", (9, 8001)),
+    ("column", (520, 517)),  # several layers of rows
     (Transposed(Heads(n=2)), (40, 2600)),
     (Transposed("tensor"), (40, 2600)),
     (Transposed([(slice(0, 1300), "tensor"), (slice(1300, None), "row")]), (60, 2600)),
@@ -309,7 +310,7 @@ def place(request):
     "kind", ["row", "global", "tensor", "column", Contiguous(70_001)], ids=repr
 )
 def test_same_bits_for_any_thread_count(isa, kind, dtype):
-    shapes = [(100_003,), (5,), (300, 701), (70_000, 3), (1,), (64_000,)]
+    shapes = [(100_003,), (5,), (520, 517), (70_000, 3), (1,), (64_000,)]
     results = []
     for threads in (1, 2, 3, 7):
         p, m, v = problem(kind, shapes, (dtype,) * 3)

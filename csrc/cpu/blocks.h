@@ -6,7 +6,7 @@
 // up in the order of the units, and the update then runs over the same units.
 //
 // A region of one row has its blocks one after another in memory. In one of more rows they are columns: a unit is a
-// strip of columns, summed row by row.
+// strip of columns over some rows, which go four at a time, a quarter of the unit apart.
 #pragma once
 #include "common/tensor_table.h"
 #include "math/target.h"
@@ -36,7 +36,7 @@ constexpr int64_t kRun = 2048;            // elements of a unit of longer ones: 
 constexpr int64_t kLongestRun = 1 << 16;  // a longer block goes in two passes: its gradient would fill L2
 constexpr int64_t kPiece = 1 << 14;       // elements of a unit of the latter
 constexpr int64_t kWidest = 4096;         // columns of a strip: their sums stay in L1 or L2, its rows are long
-constexpr int64_t kStripPiece = 1 << 16;  // elements of a unit of several rows
+constexpr int64_t kStripPiece = 1 << 18;  // elements of a unit of several rows: streams that are worth starting
 constexpr int64_t kMostBlocks = kWidest;  // of a unit
 
 struct BlockUnit {

@@ -15,6 +15,8 @@ namespace {
 
 using Role = BlockwiseAdamRole;
 constexpr int64_t kPrefetchBytes = 256;  // ahead of each stream, where nothing better is known
+constexpr int64_t kTogether = 4;         // rows of a strip at once, in streams of their own
+constexpr int64_t kLongRow = 128;        // columns of a strip from which on that pays
 
 // ---- the update, as the element-wise driver has it
 
@@ -183,6 +185,35 @@ void update_beside_sum(void* const* data, const void* next_grad, int64_t n, cons
   *next = sums;
 }
 
+// n elements of kTogether rows, `stride` elements apart, whose columns' rates are given; n is a multiple of a unit.
+template <typename Param, typename Grad, typename ExpAvg, typename S>
+void update_together(void* const* data, int64_t stride, const S* rates, int64_t n,
+                     const StepScalars<Pack<S>>& scalars) {
+  const StepScalars<Pack<S>> k = scalars;  // copies that stay in registers
+  auto* const param = static_cast<typename Param::Stored*>(data[Role::kParam]);
+  const auto* const grad = static_cast<const typename Grad::Stored*>(data[Role::kGrad]);
+  auto* const exp_avg = static_cast<typename ExpAvg::Stored*>(data[Role::kExpAvg]);
+  for (int64_t column = 0; column < n; column += 2 * Pack<S>::kLanes) {
+    Unit<S> rate;
+    PackPlain<S>::load(rates + column, rate);
+    for (int64_t i = column; i < column + kTogether * stride; i += stride) {
+      __builtin_prefetch(param + i + kSquaresAhead, 0, 0);
+      __builtin_prefetch(exp_avg + i + kSquaresAhead, 0, 0);
+      __builtin_prefetch(grad + i + kSquaresAhead, 0, 0);
+      Unit<S> p, g, m;
+      Grad::load(grad + i, g);
+      ExpAvg::load(exp_avg + i, m);
+      Param::load(param + i, p);
+      for (int half = 0; half < 2; ++half) {
+        adamw_first_moment(g[half], m[half], k);
+        blockwise_adam_param(p[half], m[half], rate[half], k.decay);
+      }
+      ExpAvg::store(exp_avg + i, m);
+      Param::store(param + i, p);
+    }
+  }
+}
+
 // ---- from sums to rates, in place
 
 // As many blocks as a pack has lanes.
@@ -277,8 +308,11 @@ class Region {
     if (region_.rows == 1 && region_.group >= kOneRate) return update_runs(unit, rates, ahead);
     alignas(64) S spread[kWidest + kSlack];
     spread_rates(unit, rates, spread);
-    for (int64_t row = unit.row; row < unit.row + unit.rows; ++row)
-      run(OwnRates{{scalars_, ahead, 0}}, element(row, unit.column), unit.columns, spread);
+    const OwnRates step{{scalars_, ahead, 0}};
+    const int64_t together = unit.rows / kTogether * kTogether, whole = whole_units(unit.columns);
+    const bool far = together > 0 && whole >= kLongRow && update_far(step, unit, spread);
+    if (far && whole < unit.columns) update_rows(step, unit, unit.row, together, whole, spread);
+    update_rows(step, unit, far ? unit.row + together : unit.row, far ? unit.rows - together : unit.rows, 0, spread);
   }
 
  private:
@@ -335,6 +369,30 @@ class Region {
       for (int64_t j = i; j < end && j < unit.columns; j += Pack<S>::kLanes) memcpy(spread + j, &rate.v, sizeof rate.v);
       i = end;
     }
+  }
+
+  static int64_t whole_units(int64_t columns) { return columns / (2 * Pack<S>::kLanes) * (2 * Pack<S>::kLanes); }
+
+  // Rows of a strip from a column on, one after another.
+  void update_rows(const OwnRates& step, const BlockUnit& unit, int64_t row, int64_t rows, int64_t column,
+                   S* spread) const {
+    for (const int64_t end = row + rows; row < end; ++row)
+      run(step, element(row, unit.column + column), unit.columns - column, spread + column);
+  }
+
+  // The whole units of all rows that make up kTogether streams. False: elements don't lie in a row, or there are no
+  // kernels for their dtypes.
+  bool update_far(const OwnRates& step, const BlockUnit& unit, const S* spread) const {
+    if (tensor_.row.layout != kFlat) return false;
+    const int64_t quarter = unit.rows / kTogether;
+    return with_row_codecs<S>(tensor_.row, [&](auto param, auto grad, auto exp_avg) {
+      for (int64_t row = unit.row; row < unit.row + quarter; ++row) {
+        const int64_t at = element(row, unit.column);
+        void* data[] = {tensor_.at(Role::kParam, at), tensor_.at(Role::kGrad, at), tensor_.at(Role::kExpAvg, at)};
+        update_together<decltype(param), decltype(grad), decltype(exp_avg), S>(
+            data, quarter * region_.stride, spread, whole_units(unit.columns), step.template prepare<S>());
+      }
+    });
   }
 
   void update_runs(const BlockUnit& unit, const double* rates, const int64_t* ahead) const {
@@ -416,21 +474,25 @@ class Region {
     }
   }
 
+  // Squares of a row, or of kRows of them that are `stride` elements apart, to the sums of the columns.
+  template <int kRows>
+  void add_rows(const BlockUnit& unit, int64_t row, int64_t stride, double* columns) const {
+    visit_grad(element(row, unit.column), unit.columns, [&](auto codec, const auto* from, int64_t n, int64_t at) {
+      add_squares<decltype(codec), kRows>(columns + at, from, stride, n);
+    });
+  }
+
   void sum_columns(const BlockUnit& unit, double* sums) const {
     alignas(64) double columns[kWidest + kSlack];
     for (int64_t i = 0; i < unit.columns + kSlack; ++i) columns[i] = 0;
-    constexpr int64_t kTogether = 4;  // rows
-    for (int64_t row = unit.row, end = row + unit.rows; row < end;) {
-      const int64_t rows = grad_in_place() && row + kTogether <= end ? kTogether : 1;
-      visit_grad(element(row, unit.column), unit.columns, [&](auto codec, const auto* from, int64_t n, int64_t at) {
-        using Codec = decltype(codec);
-        if (rows == kTogether)
-          add_squares<Codec, kTogether>(columns, from, region_.stride, n);
-        else
-          add_squares<Codec, 1>(columns + at, from, 0, n);
-      });
-      row += rows;
+    const int64_t quarter = unit.rows / kTogether, end = unit.row + unit.rows;
+    for (int64_t row = unit.row; row < unit.row + quarter; ++row) {
+      if (grad_in_place())
+        add_rows<kTogether>(unit, row, quarter * region_.stride, columns);
+      else
+        for (int64_t k = 0; k < kTogether; ++k) add_rows<1>(unit, row + k * quarter, 0, columns);
     }
+    for (int64_t row = unit.row + kTogether * quarter; row < end; ++row) add_rows<1>(unit, row, 0, columns);
     const int64_t group = region_.group, whole = unit.columns / group;
     int64_t block = 0;
     for (; block + 4 <= whole; block += 4) four_sums_of(columns + block * group, group, sums + block);

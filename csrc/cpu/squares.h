@@ -6,6 +6,8 @@
 
 namespace fusedopt::FUSEDOPT_TARGET {
 
+constexpr int64_t kSquaresAhead = 64;  // elements
+
 using Double = Pack<double>;
 constexpr int kDoubles = Double::kLanes;
 
@@ -75,7 +77,8 @@ struct LaneSums {
   }
 };
 
-// Adds the squares of a unit of elements in each of kRows rows to the sums of their columns.
+// Adds the squares of a unit of elements in each of kRows rows to the sums of their columns. What comes next in each
+// row is asked for: rows that lie far apart keep more of memory busy than one stream could.
 template <typename Codec, int kRows>
 FUSEDOPT_INLINE void add_unit(double* sums, const typename Codec::Stored* from, int64_t stride) {
   using S = typename Codec::Value;
@@ -87,6 +90,7 @@ FUSEDOPT_INLINE void add_unit(double* sums, const typename Codec::Stored* from, 
   for (int r = 0; r < kRows; ++r) {
     Unit<S> x;
     Double wide[kWide];
+    __builtin_prefetch(from + r * stride + kSquaresAhead, 0, 3);  // to stay: the update reads it again
     Codec::load(from + r * stride, x);
 #pragma GCC unroll 4
     for (int i = 0; i < kPacks; ++i) {
