@@ -261,6 +261,52 @@ def test_numbers_on_the_device(found_inf):
     assert [int(on_cpu(c)) for c in counts] == counted
 
 
+# ---- the optimizer
+
+
+@interpreted_only
+def test_optimizer(monkeypatch):
+    """Groups, partitions and counters as ``optim.BlockwiseAdam`` keeps them, step after step.
+
+    On the CPU its launch goes to the CPU's kernels, so it is led to Triton's here.
+    """
+    from fusedopt.steps import _adam
+
+    def through_triton(plan, operation, **_):
+        launches.append(operation)
+        _adam.triton_room(operation).launch(*plan.packed_on_cpu())
+
+    launches = []
+    kinds = ["row", "global", Transposed("row"), "coordinate", "global", "tensor"]
+    shapes = [(6, 35), (9, 9), (35, 6), (31,), (4,), (20, 9)]
+    results = []
+    for triton in (True, False):
+        torch.manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(s)) for s in shapes]
+        groups = [
+            {"params": params[:3], "partition": dict(zip(params[:3], kinds[:3], strict=True))},
+            {"params": params[3:], "lr": 0.1, "maximize": True, "weight_decay": 0.3,
+             "partition": dict(zip(params[3:], kinds[3:], strict=True))},
+        ]  # fmt: skip
+        optimizer = fusedopt.optim.BlockwiseAdam(groups, **OPTIONS)
+        with monkeypatch.context() as patch:
+            if triton:
+                patch.setattr(_adam, "launch", through_triton)
+            for number in range(3):
+                for i, p in enumerate(params):
+                    p.grad = None if (i, number) == (4, 1) else torch.randn(p.shape)
+                optimizer.step()
+                optimizer.load_state_dict(optimizer.state_dict())  # a new plan's addresses
+        states = [optimizer.state[p] for p in params]
+        results.append(
+            [[p.detach() for p in params]]
+            + [[state[key] for state in states] for key in ("exp_avg", "block_sq", "step")]
+        )
+    assert launches == ["blockwise_adam_step"] * 3
+    assert_close(*results)
+    assert [int(count) for count in results[0][3]] == [3, 3, 3, 3, 2, 3]
+
+
 # ---- how regions go
 
 

@@ -101,6 +101,34 @@ def check_dtype(state_dtype: Any) -> None:
         )
 
 
+def load(
+    optimizer: torch.optim.Optimizer,
+    load_state_dict: Callable[[dict[str, Any]], None],
+    state_dict: dict[str, Any],
+    wanted: Callable[[Tensor, dict[str, Any]], dict[str, torch.dtype]],
+    edit: Callable[[dict[str, Any]], dict[str, Any]] = lambda loaded: loaded,
+) -> None:
+    """torch's ``load_state_dict``, then what it would spoil: partitions and states' dtypes.
+
+    Args:
+        load_state_dict: torch's method.
+        wanted: as ``restore_dtypes`` takes it.
+        edit: checks and completes what is loaded, after the user's hooks.
+    """
+    final: list[dict[str, Any]] = []
+    handle = optimizer.register_load_state_dict_pre_hook(
+        lambda _, loaded: final.append(edit(loaded))
+    )
+    try:
+        load_state_dict(state_dict)
+    finally:
+        handle.remove()
+    for group, saved in zip(optimizer.param_groups, final[0]["param_groups"], strict=True):
+        if "partition" in saved:  # torch copied it
+            group["partition"] = saved["partition"]
+    restore_dtypes(optimizer, final[0], wanted)
+
+
 def restore_dtypes(
     optimizer: torch.optim.Optimizer,
     state_dict: dict[str, Any],

@@ -87,17 +87,7 @@ class AdamW(FusedStep, torch.optim.AdamW):
         torch casts every state to its parameter's dtype; here ``state_dtype`` decides, and states
         that already have it keep their bits.
         """
-        final: list[dict[str, Any]] = []
-        handle = self.register_load_state_dict_pre_hook(lambda _, loaded: final.append(loaded))
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            handle.remove()
-        _state.restore_dtypes(
-            self,
-            final[0],
-            lambda p, group: dict.fromkeys(MOMENTS, _state.dtype_of(p, group["state_dtype"])),
-        )
+        _state.load(self, super().load_state_dict, state_dict, _dtypes)
 
     def _new_plan(self) -> _C.AdamWPlan:
         return _C.AdamWPlan()
@@ -114,6 +104,10 @@ class AdamW(FusedStep, torch.optim.AdamW):
 
     def _init_state(self, group: dict[str, Any], params: list[Tensor]) -> None:
         init_state(self.state, group, params)
+
+
+def _dtypes(param: Tensor, group: dict[str, Any]) -> dict[str, torch.dtype]:
+    return dict.fromkeys(MOMENTS, _state.dtype_of(param, group["state_dtype"]))
 
 
 def init_state(

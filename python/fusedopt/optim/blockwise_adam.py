@@ -1,5 +1,6 @@
 """Blockwise Adam: AdamW with one second moment per block of coordinates."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -91,25 +92,8 @@ class BlockwiseAdam(FusedStep, torch.optim.Optimizer):
         Raises:
             ValueError: it was saved with other partitions; both are named. Nothing is loaded.
         """
-        final: list[dict[str, Any]] = []
-        handle = self.register_load_state_dict_pre_hook(
-            lambda _, loaded: final.append(_partitions.put_in_own(self.param_groups, loaded))
-        )
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            handle.remove()
-        own = [group["partition"] for group in final[0]["param_groups"]]
-        for group, kinds in zip(self.param_groups, own, strict=True):
-            group["partition"] = kinds
-        _state.restore_dtypes(
-            self,
-            final[0],
-            lambda p, group: {
-                "exp_avg": _state.dtype_of(p, group["state_dtype"]),
-                "block_sq": torch.float32,
-            },
-        )
+        check = partial(_partitions.put_in_own, self.param_groups)
+        _state.load(self, super().load_state_dict, state_dict, _dtypes, check)
 
     def _new_plan(self) -> _C.BlockwiseAdamPlan:
         return steps.new_plan()
@@ -149,3 +133,10 @@ class BlockwiseAdam(FusedStep, torch.optim.Optimizer):
         members = zip(group["params"], group["partition"], strict=True)
         states = (self.state.get(p, {}) for p, kind in members if kind == "global")
         return next((state["block_sq"] for state in states if state), None)
+
+
+def _dtypes(param: Tensor, group: dict[str, Any]) -> dict[str, torch.dtype]:
+    return {
+        "exp_avg": _state.dtype_of(param, group["state_dtype"]),
+        "block_sq": torch.float32,
+    }
