@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from bench import peers
-from bench.adamw import HYPER, VARIANTS, Shape, Variant
+from bench.adamw import HYPER, VARIANTS, Shape, Variant, built
 from bench.harness import floor
 from bench.harness.answers import Expected
 from bench.harness.machine import set_threads
@@ -171,13 +171,7 @@ def _contestants(
         "fusedopt": partial(optimizer, problem),
         **{peer.name: partial(peer_optimizer, problem, peer) for peer in found},
     }
-    contestants, not_run = [], {}
-    for name, build in builders.items():
-        try:
-            contestants.append(build())
-        except Exception as error:  # peers fail in their own ways, each by its reason
-            not_run[name] = (str(error) or repr(error)).splitlines()[0]
-    return contestants, not_run
+    return built(builders)
 
 
 def cases(options: Options) -> Iterator[Case]:
