@@ -25,6 +25,7 @@ bench: $(VENV)/.bench build
 	$(BIN)/python -m bench adamw
 	$(BIN)/python -m bench blockwise_adam
 	$(BIN)/python -m bench newton_schulz
+	$(BIN)/python -m bench muon
 	$(BIN)/python -m bench sinkhorn_knopp
 	$(BIN)/python -m bench sinkhorn_newton_sparse
 

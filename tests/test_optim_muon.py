@@ -234,6 +234,71 @@ def test_nothing_is_written_if_either_part_is_bad():
         assert [after[i] for i in good] == [before[i] for i in good]
 
 
+SHARED = [  # of a matrix, and of an embedding
+    *[("params", "params"), ("params", "exp_avg"), ("momentum_buffer", "params")],
+    *[("row_sq", "exp_avg_sq"), ("momentum_buffer", "step"), ("grads", "params")],
+    *[("params", "grads"), ("row_sq", "grads")],
+]
+
+
+def replace(optimizer, p, what, tensor):
+    if what == "params":
+        p.data = tensor
+    elif what == "grads":
+        p.grad = tensor
+    else:
+        optimizer.state[p][what] = tensor
+
+
+def shape_of(optimizer, p, what):
+    return p.shape if what in ("params", "grads") else optimizer.state[p][what].shape
+
+
+@pytest.mark.parametrize(("first", "second"), SHARED)
+def test_memory_shared_across_muon_and_adamw_is_found(first, second):
+    """Where it comes to be shared after steps that passed, by a new gradient or a new state."""
+    optimizer = mixed(steps=2)
+    matrix, embedding = params_of(optimizer)[0], params_of(optimizer)[3]
+    set_grads(optimizer, draw(params_of(optimizer), 3))
+    buffer = torch.ones(200)
+    for p, what, at in ((matrix, first, 0), (embedding, second, 1)):
+        shape = shape_of(optimizer, p, what)
+        replace(optimizer, p, what, buffer[at : at + shape.numel()].view(shape))
+    before = [p.detach().clone() for p in params_of(optimizer)]
+    with pytest.raises(ValueError, match=r"is written, but shares memory with"):
+        optimizer.step()
+    assert all(map(torch.equal, before, params_of(optimizer)))
+    # what shares memory no more passes again, and so do neighbours without a gap
+    shape = shape_of(optimizer, embedding, second)
+    start = shape_of(optimizer, matrix, first).numel()
+    replace(optimizer, embedding, second, buffer[start : start + shape.numel()].view(shape))
+    optimizer.step()
+    assert not torch.equal(before[0], matrix)
+
+
+def test_gradients_may_be_shared_across_muon_and_adamw():
+    optimizer = mixed(steps=1)
+    matrix, embedding = params_of(optimizer)[0], params_of(optimizer)[3]
+    set_grads(optimizer, draw(params_of(optimizer), 3))
+    matrix.grad = torch.ones(96).view(12, 8)
+    embedding.grad = matrix.grad.view(-1)[:42].view(7, 6)
+    optimizer.step()
+
+
+def test_columns_of_one_matrix_may_be_interleaved_across_muon_and_adamw():
+    whole = torch.randn(12, 14)
+    left, right = torch.nn.Parameter(whole[:, :8]), torch.nn.Parameter(whole[:, 8:])
+    right.data = whole[:, 8:]
+    left.data = whole[:, :8]
+    optimizer = Muon([{"params": [left]}, {"params": [right], "algorithm": "adamw"}])
+    for _ in range(2):
+        set_grads(optimizer, draw([left, right], 1))
+        optimizer.step()
+    right.data = whole[:, 7:13]
+    with pytest.raises(ValueError, match="shares memory"):
+        optimizer.step()
+
+
 @pytest.mark.parametrize("cls", CLASSES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("state_dtype", [None, torch.float32])

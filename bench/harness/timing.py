@@ -17,6 +17,7 @@ _SHORTEST_SAMPLE = 0.005  # seconds; shorter calls are timed several at once
 _SLOW_FACTOR, _SLOW_SECONDS = 4, 0.25  # against the fastest, and at least so long:
 _SLOW_EVERY = 5  # what is slow by both is timed every fifth round,
 _HOPELESS_SECONDS = 1.0  # and only in the first if it takes longer than this
+_ENDLESS_SECONDS = 20.0  # what takes longer is not tried twice before
 _NEVER_AGAIN = 1 << 30
 _EXTRA_ROUNDS = 1.5  # busy rounds are repeated up to this many times the rounds asked for
 _FEWEST_QUIET = 3  # with fewer quiet samples the median is that of all samples
@@ -120,12 +121,15 @@ def _every(seconds: float, fastest: float) -> int:
     return _SLOW_EVERY if seconds < _HOPELESS_SECONDS else _NEVER_AGAIN
 
 
+def _shortest(call: Callable[[], object]) -> float:
+    """Of two calls, or of one that takes very long."""
+    seconds = _seconds(call, 1)
+    return seconds if seconds > _ENDLESS_SECONDS else min(seconds, _seconds(call, 1))
+
+
 def _rows(case: Case) -> list[Row]:
     """Choose each contestant's burst length and how often it takes part; ours always does."""
-    once = [
-        c.seconds if c.seconds is not None else min(_seconds(c.call, 1) for _ in range(2))
-        for c in case.contestants
-    ]
+    once = [c.seconds if c.seconds is not None else _shortest(c.call) for c in case.contestants]
     rows = [
         Row(
             contestant,

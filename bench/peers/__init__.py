@@ -54,6 +54,20 @@ class MatrixFunctionPeer:
 
 
 @dataclass(frozen=True)
+class MuonPeer:
+    """Muon for matrices and AdamW for others; ``precision`` is what Newton–Schulz computes in.
+
+    ``build`` takes both lists and the hyperparameters of both, and returns what takes a step.
+    """
+
+    name: str
+    build: Callable[
+        [list[Parameter], list[Parameter], dict[str, Any], dict[str, Any]], Callable[[], object]
+    ]
+    precision: str
+
+
+@dataclass(frozen=True)
 class TransportPeer:
     """A solver of optimal transport: ``solve(cost, a, b, reg, tol)`` returns the plan.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch.nn import Parameter
 
 from bench.peers import (
     MatrixFunctionPeer,
+    MuonPeer,
     NamedOptimizerPeer,
     OptimizerPeer,
     require_parameter_dtype,
@@ -69,6 +71,30 @@ def newton_schulz_gpu() -> list[MatrixFunctionPeer]:
         MatrixFunctionPeer("torch plain bf16", lambda g: _five_lines(g.bfloat16()), "bf16"),
         MatrixFunctionPeer("torch.compile bf16", lambda g: compiled(g.bfloat16()), "bf16"),
     ]
+
+
+def muon() -> list[MuonPeer]:
+    """``torch.optim.Muon``, and its fused AdamW for all else."""
+    if not hasattr(torch.optim, "Muon"):
+        raise ImportError("torch before 2.9 has no Muon")
+
+    def build(
+        matrices: list[Parameter],
+        others: list[Parameter],
+        hyper: dict[str, Any],
+        adamw: dict[str, Any],
+    ) -> Callable[[], object]:
+        optimizers: list[torch.optim.Optimizer] = [torch.optim.Muon(matrices, **hyper)]
+        if others:
+            optimizers.append(torch.optim.AdamW(others, **adamw, fused=True))
+
+        def step() -> None:
+            for optimizer in optimizers:
+                optimizer.step()
+
+        return step
+
+    return [MuonPeer("torch", build, "bf16")]
 
 
 def _five_lines(g: torch.Tensor) -> torch.Tensor:

@@ -35,8 +35,8 @@ def workspace(size: int, gpu: int, array: Any, stream: int | None) -> Any:
     torch = sys.modules.get("torch")
     if torch is None:
         raise RuntimeError(
-            f"this step on cuda:{gpu} needs memory beside the arrays, which comes from torch (AdamW "
-            "only for a step, lr, weight_decay, grad_scale or found_inf that lies there); import torch"
+            f"this step on cuda:{gpu} needs memory beside the arrays, which comes from torch (for "
+            "AdamW only if step, lr, weight_decay, grad_scale or found_inf lies there); import torch"
         )
     device = array.device if isinstance(array, torch.Tensor) else torch.device("cuda", gpu)
     return empty((size,), torch.uint8, device, stream)
