@@ -207,6 +207,26 @@ def test_options_of_normuon(options):
     check_steps(True, (BF16, F32, F32), **options)
 
 
+@pytest.mark.parametrize("axis", ["row", "short"])
+def test_lines_of_several_pieces(axis):
+    """Rows of more than 2048 elements, columns of more than 128."""
+    check_steps(True, (F32, F32, F32), [(3, 5000), (140, 150)], steps=2, axis=axis)
+
+
+def test_more_elements_than_a_wave():
+    """Of 2^24: three matrices in two waves are stepped as each alone."""
+    shapes = [(1, 6_000_000), (3, 2), (1, 6_000_001), (1, 5_000_000), (2, 3)]
+    together = problem(True, shapes, (F32, F32, F32))
+    grads = gradients(shapes, F32, 1)
+    alone = [[x.clone() for x in role] for role in together]
+    run(True, together, grads)
+    for i, grad in enumerate(grads):
+        own = [[role[i]] for role in alone]
+        run(True, own, [grad])
+        for role, (want,) in zip(together, own, strict=True):
+            assert torch.equal(role[i], want)
+
+
 PARTITIONED = [
     (QKV, (20, 15)),
     (Heads(n=4), (20, 15)),

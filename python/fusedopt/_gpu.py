@@ -36,7 +36,7 @@ def workspace(size: int, gpu: int, array: Any, stream: int | None) -> Any:
     if torch is None:
         raise RuntimeError(
             f"this step on cuda:{gpu} needs memory beside the arrays, which comes from torch (for "
-            "AdamW only if step, lr, weight_decay, grad_scale or found_inf lies there); import torch"
+            "AdamW only if a step, lr or the like lies there); import torch"
         )
     device = array.device if isinstance(array, torch.Tensor) else torch.device("cuda", gpu)
     return empty((size,), torch.uint8, device, stream)

@@ -102,9 +102,9 @@ def orthogonalize(products, count):
     for m in products[:count]:
         assert m.data == m.out and m.in_stride == m.out_stride == m.columns
         assert m.in_column_stride == m.out_column_stride == 1 and m.data % 64 == 0
-        number = ctypes.c_double if m.in_dtype == CODES[F64] else ctypes.c_float
-        array = np.ctypeslib.as_array((number * (m.rows * m.columns)).from_address(m.data))
-        matrix = array.reshape(m.rows, m.columns)
+        dtype, size = (F64 if m.in_dtype == CODES[F64] else F32), m.rows * m.columns
+        memory = (ctypes.c_uint8 * (size * dtype.itemsize)).from_address(m.data)
+        matrix = np.frombuffer(memory, dtype).reshape(m.rows, m.columns)
         matrix[...] = fusedopt.newton_schulz(matrix)
 
 
