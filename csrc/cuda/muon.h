@@ -1,9 +1,9 @@
 // Muon and NorMuon on a GPU. Nothing here allocates or synchronises, so all of it can be captured in a CUDA graph; a
 // graph replays the arrays' addresses and whatever numbers came from the host.
 //
-// The table travels by value. Beside Newton-Schulz a step takes a launch for every 580 options, and for every wave of
-// 2^26 elements (or one larger matrix) two of its own, four for NorMuon; more where dtypes differ, and for every 511
-// matrices (240 where neighbours differ in shape or options; of d strided dimensions, 4000 / (15 + 4 d)).
+// The table travels by value. Beside Newton-Schulz a step takes a launch for every 369 options, and for every wave of
+// 2^26 elements (or one larger matrix) two of its own, four for NorMuon; more where dtypes differ, and for every 583
+// matrices (292 where neighbours differ in shape, dtypes or options; of d strided dimensions, 4000 / (14 + 4 d)).
 #pragma once
 #include "common/muon.h"
 #include "common/status.h"

@@ -71,7 +71,8 @@ extern "C" const char* muon(const Arrays* a, void* workspace, cudaStream_t strea
     }
     row.numel = a->numel[i];
     row.layout = a->layout[i];
-    row.scalars = int32_t(i);
+    const bool shares = i > 0 && memcmp(&a->options[i], &a->options[i - 1], sizeof *a->options) == 0;
+    row.scalars = shares ? rows.back().scalars : int32_t(i);  // as neighbours do
     rows.push_back(row);
   }
   const TensorTable table = {rows.data(), nullptr, a->layouts, a->layouts_size, a->size, int(a->roles)};
