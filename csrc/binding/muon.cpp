@@ -45,7 +45,8 @@ MuonScale scale_of(const std::string& name) {
 using Schedules = std::pair<NewtonSchulzSchedule, NewtonSchulzSchedule>;  // the second for parameters of float64
 
 bool same(const NewtonSchulzSchedule& a, const NewtonSchulzSchedule& b) {
-  return a.gram_from == b.gram_from && a.dtype == b.dtype && a.steps.size() == b.steps.size() &&
+  return a.gram_from == b.gram_from && a.dtype == b.dtype && a.arithmetic == b.arithmetic &&
+         a.steps.size() == b.steps.size() &&
          std::equal(a.steps.begin(), a.steps.end(), b.steps.begin(),
                     [](const NewtonSchulzStep& x, const NewtonSchulzStep& y) {
                       return x.a == y.a && x.b == y.b && x.c == y.c && x.restart_before == y.restart_before;
