@@ -66,9 +66,10 @@ def muon_step(
             but float32 is what it computes in whatever is asked for, float64 for float64, and it
             rounds nothing to less; only where it multiplies bfloat16 (AVX512-BF16), and that is
             enough, does it do so. On a GPU this is what the products read and write; ``None`` is
-            ``"float16"``, as fast there as bfloat16 and some 8 times as accurate, and float64 for
-            float64 parameters. Where half precision is enough, ``ns_method="auto"`` takes the Gram
-            form for long matrices, which is faster and, in float32, far more accurate than that.
+            ``"float16"``, three bits more than bfloat16, and float64 for float64 parameters. Where
+            half precision is enough, ``ns_method="auto"`` may take the Gram form for long matrices,
+            which is faster and, in float32, far more accurate than that; ``newton_schulz`` says
+            where.
         momentum_form: ``"ema"`` as above, or ``"sum"``: ``m ← μm + g``, ``u = μm + g``. The update
             is the same, the buffer is larger by ``1/(1−μ)``.
         cautious_weight_decay: decay only where ``o·p ≥ 0``.
