@@ -46,6 +46,36 @@ def test_resources(name, arch):
         allowed["loads_128"],
         allowed["stores_128"],
     )
+    assert {op for op in cubins.TENSOR_OPS if op in found} == {
+        op for op in cubins.TENSOR_OPS if op in allowed
+    }
+    assert found.get("shared", 0) <= cubins.SHARED_LIMIT[arch]
+
+
+def test_products_run_on_tensor_cores():
+    """Hopper's wgmma where tiles have 64 rows, mma.sync before it; float32 never as TF32."""
+    for name in cubins.product_kernels():
+        rows = BUDGET["kernels"][name]
+        dtype, small = name.split()[1].strip(","), "small" in name
+        for arch, row in rows.items():
+            ops = [op for op in cubins.TENSOR_OPS if op in row]
+            if dtype == "fp32":
+                assert not ops, name
+            elif dtype in ("fp16", "bf16"):
+                hopper = arch == "sm_90" and not small
+                assert ops == ["HGMMA" if hopper else cubins.HALF_OPS[arch](small)], (name, arch)
+            elif arch in ("sm_80", "sm_90"):
+                assert ops == ["DMMA"], name
+            assert row.get("shared", 0) <= cubins.SHARED_LIMIT[int(arch.removeprefix("sm_"))]
+
+
+@pytest.mark.parametrize("name", ["symmetric fp16, long", "wide fp32, long"])
+def test_products_round_once(name):
+    """Sums are fused only where the product or the formula says so, and nothing flushes."""
+    found = instructions(cubins.compile_for(90, *next(
+        parts for key, parts in KERNELS.items() if key.startswith(name)
+    )))  # fmt: skip
+    assert not [op for op in found if re.search(r"\.(ftz|approx|full|rz|rm|rp|sat)\b", op)]
 
 
 @pytest.mark.parametrize("format_name", cubins.FORMATS)

@@ -43,6 +43,7 @@ FORMATS = {
 }
 ACCESSES = {"vector": _table.VECTOR, "single": _table.SINGLE, "strided": _table.STRIDED}
 TENSOR_OPS = ("HGMMA", "HMMA", "DMMA", "UTCHMMA")  # what multiplies tiles
+SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448, 120: 101376}  # bytes of a thread block
 TABLE = {"table": "*i64"}
 PLACES = TABLE | {
     "all_scalars": "*fp64", "values": "*fp64", "block_at": "i32", "layouts_at": "i32",
@@ -196,16 +197,16 @@ def beside_kernels():
     room = {"room_n": LONG, "room_m": LONG}
     warps = newton_schulz.THREADS // 32
     for name, (outer, inner, order, aligned, n, square) in BESIDE.items():
-        values = (outer, inner, order.value, aligned, *newton_schulz.tile_shape(n), square)
+        values = (order.value, aligned, *newton_schulz.tile_shape(n), square)
         x = {"x_all": ("*fp32", "*fp64", "*u16", "*fp16")[inner]}
-        for kernel, places in (
-            (newton_schulz.stats_kernel, {"table": "*i64", "parts": "*fp64", **counts}),
-            (newton_schulz.load_kernel, {**tables, **x, **counts, **room}),
-            (newton_schulz.store_kernel, {**tables, **x, **counts, **room}),
+        for kernel, places, codes in (
+            (newton_schulz.stats_kernel, {"table": "*i64", "parts": "*fp64", **counts}, (inner,)),
+            (newton_schulz.load_kernel, {**tables, **x, **counts, **room}, (inner, inner)),
+            (newton_schulz.store_kernel, {**tables, **x, **counts, **room}, (inner,)),
         ):
             names = kernel.arg_names[len(places) :]
             what = kernel.__name__.removesuffix("_kernel")
-            constants = dict(zip(names, values, strict=True))
+            constants = dict(zip(names, (outer, *codes, *values), strict=True))
             kernels[f"{what} {name}"] = (kernel, places, constants, warps)
     norms = {"parts": "*fp64", "norms": "*fp64", "tiles": "i32", "count": "i32"}
     kernels["norms"] = (newton_schulz.norms_kernel, norms, {"SQUARE": True}, warps)

@@ -10,8 +10,8 @@ twice and written once, and in its working precision written once and read once.
 
 Each matrix is scaled by a power of two until its largest element is in [2^14, 2^15), rounded to the
 schedule's dtype, and divided by its norm, which is summed in float64; so no scale of the input
-overflows or vanishes. Products read and write that dtype and add up in float32 (float64 for
-float64). Tall matrices are read and written transposed. Of a square one and its transpose the same
+overflows or vanishes. Products read and write the schedule's arithmetic, and add up in float32
+(float64 for float64). Tall matrices are read and written transposed. Of a square one and its transpose the same
 one is computed: of the first two mirrored elements that differ the larger comes above the diagonal.
 """
 
@@ -213,7 +213,7 @@ def tile_of(tiles, across, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 @triton.jit(do_not_specialize=["matrices_at", "n", "m", "across", "tiles"])
 def stats_kernel(
     table, parts, matrices_at, n, m, across, tiles,
-    GIVEN: tl.constexpr, DTYPE: tl.constexpr,
+    GIVEN: tl.constexpr, ROUNDING: tl.constexpr,
     ORDER: tl.constexpr, ALIGNED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     SQUARE: tl.constexpr,
@@ -235,23 +235,23 @@ def stats_kernel(
         mirrored = places(row, INPUT_ROW, columns, rows, ORDER, ALIGNED)
         below = tl.where(mask, load(given, mirrored, mask, GIVEN, S, ""), 0)
         largest = maximum(largest, largest_magnitude(below))
-        squares = scaled_squares(x, largest, DTYPE)
-        pairs = tl.where(rows < columns, squares + scaled_squares(below, largest, DTYPE), 0)
+        squares = scaled_squares(x, largest, ROUNDING)
+        pairs = tl.where(rows < columns, squares + scaled_squares(below, largest, ROUNDING), 0)
         squares = tl.where(rows == columns, squares, pairs)
         # The first pair in row-major order; odd if the one below is larger.
         number = (rows.to(tl.int64) * n + columns) * 2 + (x < below).to(tl.int64)
         number = tl.where((rows < columns) & (x != below), number, NO_PAIR)
         tl.store(part + 2 * count, tl.min(tl.min(number, axis=1), axis=0).to(tl.float64))
     else:
-        squares = scaled_squares(x, largest, DTYPE)
+        squares = scaled_squares(x, largest, ROUNDING)
     tl.store(part, largest)
     tl.store(part + count, tl.sum(tl.sum(squares, axis=1), axis=0))
 
 
 @triton.jit
-def scaled_squares(x, largest, DTYPE: tl.constexpr):
+def scaled_squares(x, largest, ROUNDING: tl.constexpr):
     first, second = scaling(largest)
-    q = quantised(x * first.to(x.dtype) * second.to(x.dtype), DTYPE).to(tl.float64)
+    q = quantised(x * first.to(x.dtype) * second.to(x.dtype), ROUNDING).to(tl.float64)
     return q * q
 
 
@@ -308,7 +308,7 @@ def norms_kernel(parts, norms, tiles, count, SQUARE: tl.constexpr):
 def load_kernel(
     table, norms, x_all, matrices_at, n, m, across, tiles,
     room_n, room_m,  # with padding
-    GIVEN: tl.constexpr, DTYPE: tl.constexpr,
+    GIVEN: tl.constexpr, ROUNDING: tl.constexpr, DTYPE: tl.constexpr,
     ORDER: tl.constexpr, ALIGNED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     SQUARE: tl.constexpr,
@@ -332,7 +332,7 @@ def load_kernel(
         at = places(row, INPUT_ROW, rows, columns, ORDER, ALIGNED)
         x = load(given, at, mask, GIVEN, S)
     x = x * tl.load(numbers + FIRST).to(S) * tl.load(numbers + SECOND).to(S)
-    q = quantised(x, DTYPE)
+    q = quantised(x, ROUNDING)
     q = q * tl.load(numbers + INVERSE).to(q.dtype)
     q = tl.where(tl.load(numbers + FATE) == NORMAL, tl.where(mask, q, 0), 0)
     here = rows.to(tl.int64) * room_m + columns
@@ -442,7 +442,7 @@ def orthogonalize(matrices: Ints, schedule: Any, device: torch.device) -> None:
         schedule: as in ``launch``.
         device: where they are.
     """
-    dtype = DTYPES[schedule.dtype]
+    dtype = DTYPES[schedule.arithmetic]
     if dtype == torch.float64 and TRITON < (3, 5):
         raise RuntimeError("newton_schulz in float64 needs Triton 3.5 or later; pass dtype=")
     arch = 0
@@ -452,7 +452,8 @@ def orthogonalize(matrices: Ints, schedule: Any, device: torch.device) -> None:
     for group in _groups(matrices):
         gram = group.m >= schedule.gram_from * group.n
         tiles = _gemm.tiles_for(group.n, group.m, dtype, arch)
-        _run(group, products(schedule.steps, gram), tiles, dtype, device)
+        rounding = CODES[DTYPES[schedule.dtype]]
+        _run(group, products(schedule.steps, gram), tiles, rounding, dtype, device)
 
 
 @dataclass(frozen=True)
@@ -490,7 +491,12 @@ def _groups(matrices: Ints) -> Iterator[Group]:
 
 
 def _run(
-    group: Group, steps: list[Product], tiles: _gemm.Tiles, dtype: torch.dtype, device: torch.device
+    group: Group,
+    steps: list[Product],
+    tiles: _gemm.Tiles,
+    rounding: int,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> None:
     """All products of a group, some of its matrices after others."""
     room_n = _gemm.padded(group.n, tiles.edge)
@@ -498,7 +504,8 @@ def _run(
     at_once = max(1, WAVE // (room_n * room_m))
     numbers = np.array([step.numbers for step in steps], np.float64)
     for begin in range(0, len(group.words), at_once):
-        wave = Wave(group, group.words[begin : begin + at_once], numbers, dtype, device)
+        words = group.words[begin : begin + at_once]
+        wave = Wave(group, words, numbers, rounding, dtype, device)
         x, y = torch.empty((2, wave.count, room_n, room_m), dtype=wave.stored, device=device)
         wave.load(x)
         x = _multiply(wave, steps, x, y, tiles)
@@ -534,12 +541,14 @@ class Wave:
         group: Group,
         words: Ints,
         numbers: NDArray[np.float64],
+        rounding: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         self.group, self.count = group, len(words)
-        self.code, self.stored = CODES[dtype], _gemm.workspace_dtype(dtype)
-        self.table = _table.send(np.concatenate([numbers.ravel().view(np.int64), words.ravel()]), device)
+        self.rounding, self.code, self.stored = rounding, CODES[dtype], _gemm.workspace_dtype(dtype)
+        sent = np.concatenate([numbers.ravel().view(np.int64), words.ravel()])
+        self.table = _table.send(sent, device)
         self.numbers = self.table[: numbers.size].view(torch.float64)
         self.matrices_at = numbers.size
         self.norms = torch.empty(self.count * NORM_WORDS.value, dtype=torch.float64, device=device)
@@ -552,27 +561,29 @@ class Wave:
         parts = torch.empty((2 + square) * each, dtype=torch.float64, device=x.device)
         stats_kernel[(each,)](
             self.table, parts, self.matrices_at, self.group.n, self.group.m, across, tiles,
-            *self._constants(self.group.given), **_BESIDE,
+            *self._constants(self.group.given, self.rounding), **_BESIDE,
         )  # fmt: skip
         norms_kernel[(self.count,)](parts, self.norms, tiles, each, square, **_BESIDE)
-        self._launch(load_kernel, x, self.group.given, x.shape[1:])
+        codes = self.rounding, self.code
+        self._launch(load_kernel, x, x.shape[1:], self._constants(self.group.given, *codes))
 
     def store(self, x: torch.Tensor) -> None:
         """Write the result."""
-        self._launch(store_kernel, x, self.group.wanted, (self.group.n, self.group.m))
+        over = self.group.n, self.group.m
+        self._launch(store_kernel, x, over, self._constants(self.group.wanted, self.code))
 
-    def _launch(self, kernel: Any, x: torch.Tensor, access: tuple[int, int, bool], over: Any) -> None:
+    def _launch(self, kernel: Any, x: torch.Tensor, over: Any, constants: Any) -> None:
         across, tiles = self._tiles(*over)
         bits = x.view(torch.uint16) if x.dtype == torch.bfloat16 else x
         kernel[(tiles * self.count,)](
             self.table, self.norms, bits, self.matrices_at, self.group.n, self.group.m, across,
-            tiles, *x.shape[1:], *self._constants(access), **_BESIDE,
+            tiles, *x.shape[1:], *constants, **_BESIDE,
         )  # fmt: skip
 
-    def _constants(self, access: tuple[int, int, bool]) -> tuple[Any, ...]:
+    def _constants(self, access: tuple[int, int, bool], *codes: int) -> tuple[Any, ...]:
         dtype, order, aligned = access
         square = self.group.n == self.group.m
-        return dtype, self.code, order, bool(aligned), *tile_shape(self.group.n), square
+        return dtype, *codes, order, bool(aligned), *tile_shape(self.group.n), square
 
     def _tiles(self, n: int, m: int) -> tuple[int, int]:
         """Tiles side by side, and all of a matrix."""
