@@ -22,7 +22,7 @@ from cuda_host import fake_gpu
 
 ROOT = Path(__file__).resolve().parent.parent
 INTERPRETED = [
-    f"tests/test_triton_{name}.py" for name in ("adamw", "blockwise_adam", "newton_schulz")
+    f"tests/test_triton_{name}.py" for name in ("adamw", "blockwise_adam", "newton_schulz", "muon")
 ]
 PARALLEL = ["-n2", "--dist=worksteal"]
 SANITIZED = [

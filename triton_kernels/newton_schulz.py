@@ -81,6 +81,7 @@ CODES = {
     torch.bfloat16: BFLOAT16.value,
     torch.float16: FLOAT16.value,
 }
+NAMES_OF = {CODES[dtype]: name for name, dtype in DTYPES.items()}
 
 
 # ---- what the products are

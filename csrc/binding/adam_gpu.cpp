@@ -13,11 +13,6 @@ bool equal(const cuda::AdamWDeviceOptions& a, const cuda::AdamWDeviceOptions& b)
          a.weight_decay.data == b.weight_decay.data && a.options == b.options;
 }
 
-void add_number(PackedWords& words, const cuda::DeviceNumber& number) {
-  words.add(int64_t(reinterpret_cast<uintptr_t>(number.data)));
-  words.add(int64_t(number.dtype));
-}
-
 }  // namespace
 
 void AdamGpuRows::clear() {
@@ -60,12 +55,12 @@ py::tuple AdamGpuRows::packed(const cuda::AdamWLossScale& loss_scale) const {
       options.add(x);
     options.add(int64_t(o.options.maximize));
     options.add(o.host_step);
-    for (const cuda::DeviceNumber& number : {o.lr, o.weight_decay, o.step}) add_number(options, number);
+    for (const cuda::DeviceNumber& number : {o.lr, o.weight_decay, o.step}) options.add(number);
   }
-  for (const cuda::DeviceNumber& counter : counters_) add_number(counters, counter);
+  for (const cuda::DeviceNumber& counter : counters_) counters.add(counter);
   scale.add(loss_scale.inv_grad_scale);
-  add_number(scale, loss_scale.grad_scale);
-  add_number(scale, loss_scale.found_inf);
+  scale.add(loss_scale.grad_scale);
+  scale.add(loss_scale.found_inf);
   return py::make_tuple(row_words, layout_words, options.array(), counters.array(), scale.array());
 }
 

@@ -10,6 +10,7 @@
 
 #include "binding/adam_plan.h"
 #include "binding/gpu.h"
+#include "binding/packed.h"
 #include "binding/resolver.h"
 #include "cpu/muon.h"
 #include "cuda/muon.h"
@@ -165,6 +166,15 @@ class MuonPlan : public AdamPlan {
                                work.matrices.data(), work.runs.data(), int64_t(work.runs.size()), workspace, stream);
     });
   }
+  // For a launch from Python: (rows, layouts, matrices, runs, options, loss scale) in the words of
+  // triton_kernels/muon.py.
+  py::tuple packed(int32_t gpu) {
+    const AdamGpuRows& tensors = gpu_rows(gpu);
+    return packed_rows_on(tensors.device, tensors.table.table(), loss_scale_on(tensors.device));
+  }
+  py::tuple packed_on_cpu() {
+    return packed_rows_on({dlpack::kCpu, 0}, builder_.table(), {inv_grad_scale_on_host(), {}, {}});
+  }
   void launch(int threads) override {
     const Rows& rows = rows_on({dlpack::kCpu, 0});
     const Work work = work_of(rows);
@@ -226,6 +236,36 @@ class MuonPlan : public AdamPlan {
       work.runs.push_back({begin, int64_t(work.matrices.size()), batch.schedule, batch.wide});
     }
     return work;
+  }
+
+  py::tuple packed_rows_on(dlpack::Device device, const TensorTable& table, const cuda::AdamWLossScale& loss_scale) {
+    const Rows& rows = rows_on(device);
+    const Work work = work_of(rows);
+    PackedWords matrices, options, scale;
+    py::list runs;
+    for (const MuonRun& run : work.runs) {
+      const NewtonSchulzSchedule& schedule = run.schedule;
+      py::list steps;
+      for (const NewtonSchulzStep& s : schedule.steps) steps.append(py::make_tuple(s.a, s.b, s.c, s.restart_before));
+      runs.append(py::make_tuple(run.begin, run.end, run.wide, steps, schedule.gram_from, int(schedule.dtype),
+                                 int(schedule.arithmetic)));
+    }
+    for (const MuonMatrix& m : work.matrices) {
+      for (const int64_t word : {m.row, m.offset, m.rows, m.columns, m.stride, int64_t(m.by_column), m.first_line})
+        matrices.add(word);
+      matrices.add(m.scale);
+    }
+    for (const cuda::MuonDeviceOptions& own : rows.options) {
+      const MuonOptions& o = own.options;
+      for (const double number : {o.lr, o.weight_decay, o.momentum, o.beta2}) options.add(number);
+      for (const bool flag : {o.nesterov, o.sum_form, o.maximize, o.cautious}) options.add(int64_t(flag));
+      for (const cuda::DeviceNumber& number : {own.lr, own.weight_decay, own.momentum}) options.add(number);
+    }
+    scale.add(loss_scale.inv_grad_scale);
+    scale.add(loss_scale.grad_scale);
+    scale.add(loss_scale.found_inf);
+    return py::make_tuple(packed_rows(table), packed_layouts(table), matrices.array(), runs, options.array(),
+                          scale.array());
   }
 
   void check_row(const Operand* operands, const ArgNames& names, int64_t index) const {
@@ -302,6 +342,8 @@ void bind_muon(py::module_& module) {
   using namespace py::literals;
   py::class_<MuonPlan, AdamPlan>(module, "MuonPlan")
       .def(py::init<py::object, bool>(), "resolve"_a, "normuon"_a)
+      .def("packed", &MuonPlan::packed, "gpu"_a)
+      .def("packed_on_cpu", &MuonPlan::packed_on_cpu)
       .def("add_lists", &MuonPlan::add_lists, "params"_a, "grads"_a, "momentum_buffers"_a, "row_sqs"_a, "partitions"_a,
            "lr"_a, "weight_decay"_a, "momentum"_a, "options"_a)
       .def("add_group", &MuonPlan::add_group, "group"_a, "params"_a, "state"_a, "partitions"_a, "lr"_a,

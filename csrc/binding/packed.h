@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "common/tensor_table.h"
+#include "cuda/device_number.h"
 #include "math/adamw.h"
 #include "math/storage.h"
 
@@ -24,6 +25,10 @@ class PackedWords {  // doubles by their bits
  public:
   void add(int64_t word) { words_.push_back(word); }
   void add(double number) { words_.push_back(generic::bit_cast<int64_t>(number)); }
+  void add(const cuda::DeviceNumber& number) {
+    add(int64_t(reinterpret_cast<uintptr_t>(number.data)));
+    add(int64_t(number.dtype));
+  }
   py::array_t<int64_t> array() const { return py::array_t<int64_t>(int64_t(words_.size()), words_.data()); }
 
  private:

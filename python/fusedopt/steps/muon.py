@@ -353,9 +353,14 @@ def add_group(
     )
 
 
-def launch(plan: _C.MuonPlan, stream: int | None = None, found_inf: Any = None) -> None:
-    """Everything that the plan holds."""
-    _adam.launch(plan, MUON.name, stream=stream, found_inf=found_inf)
+def launch(
+    plan: _C.MuonPlan,
+    stream: int | None = None,
+    found_inf: Any = None,
+    backend: str | None = None,
+) -> None:
+    """Everything that the plan holds; arguments as ``_adam.launch``'s."""
+    _adam.launch(plan, MUON.name, stream=stream, found_inf=found_inf, backend=backend)
 
 
 OPTION_KEYS = (
@@ -368,7 +373,17 @@ def _launch_kernels(
     plan: _C.MuonPlan, lists: dict[str, Sequence[Any]], stream: int | None, *_: Any
 ) -> None:
     _adam.bump_written(lists)
-    launch(plan, stream)
+    launch(plan, stream, backend="cuda")
+
+
+def _launch_triton(
+    plan: _C.MuonPlan, lists: dict[str, Sequence[Any]], stream: int | None, *_: Any
+) -> None:
+    _adam.bump_written(lists)
+    if plan.gpus():
+        launch(plan, stream, backend="triton")
+    else:  # in the interpreter
+        _adam.triton_room(MUON.name).launch(*plan.packed_on_cpu())
 
 
 def _launch_reference(
@@ -412,6 +427,11 @@ def _launch_reference(
                 _arrays.assign(array, value.reshape(tuple(array.shape)))
 
 
-LAUNCHERS = {"cpu": _launch_kernels, "cuda": _launch_kernels, "reference": _launch_reference}
+LAUNCHERS = {
+    "cpu": _launch_kernels,
+    "cuda": _launch_kernels,
+    "triton": _launch_triton,
+    "reference": _launch_reference,
+}
 MUON = backends.register(backends.Operation("muon_step", LAUNCHERS, DTYPES))
 NORMUON = backends.register(backends.Operation("normuon_step", LAUNCHERS, DTYPES))
