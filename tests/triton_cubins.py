@@ -247,7 +247,7 @@ def compile_for(arch, kernel, signature, constants, warps=None, stages=None):
 
 
 def resources(compiled):
-    """Registers, bytes of stack, local and shared memory, 128-bit accesses, tensor-core products."""
+    """Registers, bytes of stack, local and shared memory, 128-bit accesses, products of tiles."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()

@@ -93,7 +93,7 @@ def operand(first):
 
 @triton.jit
 def rounded(value, DTYPE: tl.constexpr):
-    if DTYPE == tl.uint16:
+    if tl.uint16 == DTYPE:
         return float_to_bf16(value)
     else:
         return value.to(DTYPE)

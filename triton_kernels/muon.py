@@ -1,11 +1,12 @@
 """Muon and NorMuon on a GPU by Triton: the formulas of ``csrc/math/muon.h`` around Newton–Schulz.
 
     g <- ± g / grad_scale                    (maximize, loss scaling)
-    m <- mu m + (1 - mu) g                   u = mu m + (1 - mu) g with Nesterov's step ahead, else m
+    m <- mu m + (1 - mu) g                   u = mu m + (1 - mu) g (with Nesterov's), else m
     sum form: m <- mu m + g, u = mu m + g
     o = Newton-Schulz(u)
     NorMuon, for every row i of the r x c matrix:
-      v_i <- b2 v_i + (1 - b2) mean(o_i^2)   o_i <- s o_i / (sqrt(v_i) + 1e-10),   s such that |o| stays
+      v_i <- b2 v_i + (1 - b2) mean(o_i^2)   o_i <- s o_i / (sqrt(v_i) + 1e-10)
+      with s such that |o| stays
     p <- p (1 - lr wd) - lr a(r, c) o        cautious: only where o p >= 0 does p decay
 
 Beside the products 28 bytes per element in fp32 (20 with bf16 storage); NorMuon reads o once more.
@@ -323,9 +324,7 @@ def _scalars(options: Ints, loss_scale: Ints, device: torch.device) -> torch.Ten
     words = _table.send(np.concatenate([options, loss_scale]), device)
     scalars = torch.empty(records * SCALAR_WORDS.value, dtype=torch.float64, device=device)
     if records:
-        prepare_kernel[(records,)](
-            words, 0, options.size, scalars, num_warps=1, **LAUNCH_OPTIONS
-        )
+        prepare_kernel[(records,)](words, 0, options.size, scalars, num_warps=1, **LAUNCH_OPTIONS)
     return scalars
 
 

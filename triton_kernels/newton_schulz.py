@@ -2,7 +2,8 @@
 
     X <- G / |G|, short side as rows; then the schedule's steps, in one of two forms:
     standard:  R = XX'   Z = bR + cR^2   X <- aX + ZX
-    Gram:      R = XX', Q = I; Z = bR + cR^2   Q <- aQ + QZ   R <- (aI + Z) R (aI + Z); at last X <- QX
+    Gram:      R = XX', Q = I; Z = bR + cR^2   Q <- aQ + QZ   R <- (aI + Z) R (aI + Z)
+               at last, and at restarts, X <- QX
 
 Operations for n x m with n <= m and T steps, symmetric products by half: T (3 n^2 m + n^3), and
 3 n^2 m + (4 T - 3) n^3 with 3 (n^2 m - n^3) for each restart. Beside the products a matrix is read
@@ -11,8 +12,9 @@ twice and written once, and in its working precision written once and read once.
 Each matrix is scaled by a power of two until its largest element is in [2^14, 2^15), rounded to the
 schedule's dtype, and divided by its norm, which is summed in float64; so no scale of the input
 overflows or vanishes. Products read and write the schedule's arithmetic, and add up in float32
-(float64 for float64). Tall matrices are read and written transposed. Of a square one and its transpose the same
-one is computed: of the first two mirrored elements that differ the larger comes above the diagonal.
+(float64 for float64). Tall matrices are read and written transposed. Of a square one and its
+transpose the same one is computed: of the first two mirrored elements that differ the larger comes
+above the diagonal.
 """
 
 from collections.abc import Iterator
@@ -410,7 +412,9 @@ def _as_tensor(array: Any, name: str) -> torch.Tensor:
         raise ValueError(f"{name}: negated lazily; call resolve_neg() first")
     if tensor.is_cuda == INTERPRETED.value:
         wanted = "the CPU: Triton's interpreter works there" if tensor.is_cuda else "a GPU"
-        raise ValueError(f"{name} is on {tensor.device}, but backend 'triton' takes arrays on {wanted}")
+        raise ValueError(
+            f"{name} is on {tensor.device}, but backend 'triton' takes arrays on {wanted}"
+        )
     if tensor.numel() and tensor.data_ptr() == 0:
         raise TypeError(f"{name} ({type(array).__name__}) has no memory of its own")
     if tensor.data_ptr() % tensor.itemsize:
