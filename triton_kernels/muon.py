@@ -313,7 +313,7 @@ def launch(
         scalars = _scalars(options, loss_scale, device)
         for begin, end, wide, *schedule in runs:
             steps, gram_from, *codes = schedule
-            names = (newton_schulz.NAMES_OF[code] for code in codes)
+            names = [newton_schulz.NAMES_OF[code] for code in codes]
             for first, last in _waves(matrices[begin:end]):
                 wave = Wave(rows, layouts, matrices[begin + first : begin + last], wide, device)
                 wave.run(Schedule(tuple(steps), gram_from, *names), scalars)
