@@ -22,6 +22,7 @@ from fusedopt.triton_kernels import (
     _table,
     adamw,
     blockwise_adam,
+    muon,
     newton_schulz,
 )
 from fusedopt.triton_kernels._storage import LAUNCH_OPTIONS
@@ -213,10 +214,37 @@ def beside_kernels():
     return kernels
 
 
+def muon_kernels():
+    """What Muon and NorMuon do before and after the products."""
+    vector, strided = _table.VECTOR.value, _table.STRIDED.value
+    moments, warps = TABLE | {"all_scalars": "*fp64"}, muon.THREADS // 32
+    places = {"block_at": "i32", "layouts_at": "i32"}
+    launches = {
+        "before fp32, vector": (muon.before_kernel, (F32, F32, F32, vector, muon.TILE)),
+        "before bf16, vector": (muon.before_kernel, (BF16, BF16, BF16, vector, muon.TILE)),
+        "before fp32, strided": (muon.before_kernel, (F32, F32, F32, strided, muon.TILE)),
+        "after fp32, vector": (muon.after_kernel, (F32, vector, 0, muon.TILE)),
+        "after bf16, vector, by row": (muon.after_kernel, (BF16, vector, 1, muon.TILE)),
+    }
+    kernels = {}
+    for name, (kernel, values) in launches.items():
+        names = kernel.arg_names[4:]
+        constants = dict(zip(names, values, strict=True))
+        kernels[f"muon {name}"] = (kernel, moments | places, constants, warps)
+    at = {"block_at": "i32"}
+    for name, statistics in (("row", 1), ("column", 2)):
+        constants = {"WIDE": F32, "STATISTICS": statistics}
+        kernels[f"muon sums by {name}"] = (muon.sums_kernel, TABLE | at, constants, warps)
+    scales = {"STATISTICS": 1}
+    kernels["muon scales"] = (muon.scales_kernel, moments | at, scales, warps)
+    numbers = TABLE | {"options_at": "i32", "scale_at": "i32", "all_scalars": "*fp64"}
+    kernels["muon prepare"] = (muon.prepare_kernel, numbers, {}, 1)
+    return kernels
+
+
 def all_kernels():
-    return (
-        adamw_kernels() | block_kernels() | small_kernels() | product_kernels() | beside_kernels()
-    )
+    adam = adamw_kernels() | block_kernels() | small_kernels()
+    return adam | product_kernels() | beside_kernels() | muon_kernels()
 
 
 def source(kernel, signature, constants):
