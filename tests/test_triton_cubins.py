@@ -52,29 +52,23 @@ def test_resources(name, arch):
     assert found.get("shared", 0) <= cubins.SHARED_LIMIT[arch]
 
 
-def test_products_run_on_tensor_cores():
-    """Hopper's wgmma where tiles have 64 rows, mma.sync before it; float32 never as TF32."""
-    for name in cubins.product_kernels():
-        rows = BUDGET["kernels"][name]
-        dtype, small = name.split()[1].strip(","), "small" in name
-        for arch, row in rows.items():
-            ops = [op for op in cubins.TENSOR_OPS if op in row]
-            if dtype == "fp32":
-                assert not ops, name
-            elif dtype in ("fp16", "bf16"):
-                hopper = arch == "sm_90" and not small
-                assert ops == ["HGMMA" if hopper else cubins.HALF_OPS[arch](small)], (name, arch)
-            elif arch in ("sm_80", "sm_90"):
-                assert ops == ["DMMA"], name
-            assert row.get("shared", 0) <= cubins.SHARED_LIMIT[int(arch.removeprefix("sm_"))]
+@pytest.mark.parametrize("name", cubins.product_kernels())
+def test_products_run_on_tensor_cores(name):
+    """By wgmma on Hopper, by mma.sync before it; float32 is never multiplied as TF32."""
+    half = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "sm_120": "HMMA"}
+    double = {"sm_80": "DMMA", "sm_90": "DMMA", "sm_100": "DMMA", "sm_120": "DMMA"}
+    ops = {"fp16": half, "bf16": half, "fp64": double, "fp32": {}}[name.split()[1].strip(",")]
+    for arch, row in BUDGET["kernels"][name].items():
+        found = [op for op in cubins.TENSOR_OPS if op in row]
+        assert found == ([ops[arch]] if ops else []), arch
+        assert row["shared"] <= cubins.SHARED_LIMIT[int(arch.removeprefix("sm_"))]
+        assert row["stores_128"] > 0
 
 
-@pytest.mark.parametrize("name", ["symmetric fp16, long", "wide fp32, long"])
-def test_products_round_once(name):
-    """Sums are fused only where the product or the formula says so, and nothing flushes."""
-    found = instructions(cubins.compile_for(90, *next(
-        parts for key, parts in KERNELS.items() if key.startswith(name)
-    )))  # fmt: skip
+@pytest.mark.parametrize("name", ["wide fp16, middle", "wide fp32, long"])
+def test_products_are_rounded_once(name):
+    """Nothing flushes or approximates, and the one conversion of a half is to nearest."""
+    found = instructions(cubins.compile_for(90, *KERNELS[name]))
     assert not [op for op in found if re.search(r"\.(ftz|approx|full|rz|rm|rp|sat)\b", op)]
 
 

@@ -126,16 +126,12 @@ def small_kernels():
 
 
 # What products multiply, and the sizes that choose their tiles.
-SIZES = {"long": (4096, 11008), "middle": (1024, 1024), "heads": (128, 7168), "small": (30, 60)}
+SIZES = {"long": (4096, 11008), "middle": (1024, 1024), "heads": (128, 7168)}
 SYMMETRIC = [  # dtype, size, beta D, C + shift I
-    ("fp16", "long", False, False), ("fp16", "long", True, True), ("fp16", "heads", True, False),
-    ("fp16", "small", True, False), ("bf16", "long", True, True), ("fp32", "long", True, True),
-    ("fp64", "long", True, True),
+    ("fp16", "long", False, False), ("bf16", "long", True, True), ("fp16", "heads", True, False),
+    ("fp32", "long", True, True), ("fp64", "long", True, True),
 ]  # fmt: skip
-WIDE = [
-    *(("fp16", size) for size in SIZES),
-    *((dtype, "long") for dtype in ("bf16", "fp32", "fp64")),
-]
+WIDE = [("fp16", "long"), ("fp16", "middle"), ("fp32", "long"), ("fp64", "long")]
 TORCH = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 LONG = "i32, 16"  # a multiple of 16
 
@@ -185,9 +181,7 @@ def wide_launch(dtype, size):
 # aligned, short side, square.
 BESIDE = {
     "fp32 to fp16": (F32, F16, newton_schulz.BY_COLUMN, True, 4096, False),
-    "fp32 to bf16, tall": (F32, BF16, newton_schulz.BY_ROW, True, 4096, False),
     "bf16, square": (BF16, BF16, newton_schulz.BY_COLUMN, True, 4096, True),
-    "fp64, strided": (F64, F64, newton_schulz.APART, False, 100, False),
 }
 
 
@@ -216,14 +210,11 @@ def beside_kernels():
 
 def muon_kernels():
     """What Muon and NorMuon do before and after the products."""
-    vector, strided = _table.VECTOR.value, _table.STRIDED.value
+    vector = _table.VECTOR.value
     moments, warps = TABLE | {"all_scalars": "*fp64"}, muon.THREADS // 32
     places = {"block_at": "i32", "layouts_at": "i32"}
     launches = {
         "before fp32, vector": (muon.before_kernel, (F32, F32, F32, vector, muon.TILE)),
-        "before bf16, vector": (muon.before_kernel, (BF16, BF16, BF16, vector, muon.TILE)),
-        "before fp32, strided": (muon.before_kernel, (F32, F32, F32, strided, muon.TILE)),
-        "after fp32, vector": (muon.after_kernel, (F32, vector, 0, muon.TILE)),
         "after bf16, vector, by row": (muon.after_kernel, (BF16, vector, 1, muon.TILE)),
     }
     kernels = {}
@@ -237,8 +228,6 @@ def muon_kernels():
         kernels[f"muon sums by {name}"] = (muon.sums_kernel, TABLE | at, constants, warps)
     scales = {"STATISTICS": 1}
     kernels["muon scales"] = (muon.scales_kernel, moments | at, scales, warps)
-    numbers = TABLE | {"options_at": "i32", "scale_at": "i32", "all_scalars": "*fp64"}
-    kernels["muon prepare"] = (muon.prepare_kernel, numbers, {}, 1)
     return kernels
 
 
