@@ -10,6 +10,9 @@ from cuda_host import fake_gpu
 
 if where.FAKE:
     fake_gpu.install(None if where.FAKE == "plain" else where.FAKE)
+    from fusedopt import backends
+
+    backends.GPU_DEFAULT.clear()  # Triton has no such GPU
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import fusedopt
-from fusedopt import _C
+from fusedopt import _C, backends
 
 MODULE = _C.__file__
 
@@ -49,6 +49,15 @@ def test_supports():
         supported, reason = fusedopt.supports(*arguments)
         assert not supported
         assert why in reason
+
+
+@pytest.mark.parametrize(
+    ("operation", "arch", "backend"),
+    [("newton_schulz", 90, "triton"), ("newton_schulz", 80, "cuda"), ("adamw_step", 90, "cuda")],
+)
+def test_default_on_a_gpu(operation, arch, backend, monkeypatch):
+    monkeypatch.setattr(backends, "cuda_devices", lambda: ([arch], 0, ""))
+    assert backends.gpu_default(operation, 0) == backend
 
 
 def test_threads():

@@ -9,12 +9,12 @@ import torch
 
 pytest.importorskip("triton")
 
-from test_muon import BF16, F16, F32, F64, QKV, check_steps, gradients, problem, run
 from test_triton_adamw import DEVICE, INTERPRETED, bits, on_cpu, on_gpu, with_fma
 
 import fusedopt
 from fusedopt import _C
 from fusedopt.partitions import Each, Heads, Transposed
+from test_muon import BF16, F16, F32, F64, QKV, check_steps, gradients, problem, run
 
 pytestmark = [
     *([] if INTERPRETED else [pytest.mark.gpu]),

@@ -17,9 +17,12 @@ NAMES = ("cpu", "cuda", "triton", "reference")
 GPU = ("cuda", "triton")  # those that run on a stream
 
 # Which of "cuda" and "triton" runs an operation on a GPU when the caller does not say, by
-# operation and architecture ("sm_90"); filled in by measurement on that architecture. Where there
-# is no entry, "cuda" does.
-GPU_DEFAULT: dict[tuple[str, str], str] = {}
+# operation and architecture ("sm_90"), to be settled by measurement on that architecture. Where
+# there is no entry, "cuda" does. Not measured yet: from Hopper on, Triton's products use
+# instructions (wgmma, tcgen05) that our CUDA kernels do not.
+GPU_DEFAULT: dict[tuple[str, str], str] = {
+    ("newton_schulz", f"sm_{arch}"): "triton" for arch in (90, 100, 103, 110, 120, 121)
+}
 
 
 @dataclass(frozen=True)
