@@ -63,7 +63,7 @@ def sinkhorn_newton_sparse(
         progress: show a progress bar of iterations (``tqdm``); on the CPU only.
         low_memory: work with at most one array of the cost's size (in float64) beside the cost,
             without it at most two; Newton's system then holds at most half of the plan. What does
-            not grow with ``n m`` comes on top: about 2 kB a row and column. On the CPU only.
+            not grow with ``n m`` comes on top: about 1 kB a row and column. On the CPU only.
 
     Returns:
         A ``TransportResult``. With respect to those of ``cost``, ``a`` and ``b`` that are torch
