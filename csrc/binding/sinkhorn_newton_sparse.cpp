@@ -326,7 +326,7 @@ T* on_device(ArrayReader& reader, const CostView& cost, const py::object& array,
 void solve_on_gpu(const py::object& cost, const py::object& a, const py::object& b, const py::object& reg,
                   const py::object& f, const py::object& g, const py::object& trace, const py::object& facts,
                   double tolerance, int64_t max_iterations, int64_t trace_rows, bool sinkhorn, bool warm,
-                  bool single_step, const py::object& workspace, uintptr_t stream_address) {
+                  bool single_step, uintptr_t workspace, uintptr_t stream_address) {
   ArrayReader reader;
   const CostView view(reader, cost);
   const int64_t count = view.problems, n = view.n, m = view.m;
@@ -351,7 +351,7 @@ void solve_on_gpu(const py::object& cost, const py::object& a, const py::object&
   batch.trace = on_device<double>(reader, view, trace, count * trace_rows * cuda::kTraceColumns, "trace");
   batch.trace_rows = trace_rows;
   batch.facts = on_device<double>(reader, view, facts, count * cuda::kTransportFacts, "facts");
-  void* const memory = on_device<void>(reader, view, workspace, gpu_workspace_bytes(count, n, m), "workspace");
+  void* const memory = reinterpret_cast<void*>(workspace);
   void* stream = reinterpret_cast<void*>(stream_address);
   reader.current_stream(cost.ptr(), view.device, &stream);
   launch_on_gpu(view.device.id, [&] {
@@ -405,7 +405,7 @@ int64_t tiny_plans_workspace_bytes(int64_t problems, int n, int m, bool single, 
 }
 
 void tiny_plans_backward(const py::object& cost, const py::object& a, const py::object& b, double reg, int iterations,
-                         const py::object& plan_gradient, const py::object& cost_gradient, const py::object& workspace,
+                         const py::object& plan_gradient, const py::object& cost_gradient, uintptr_t workspace,
                          uintptr_t stream_address) {
   ArrayReader reader;
   with_tiny_plans(cost, a, b, reg, iterations, stream_address, reader,
@@ -413,9 +413,7 @@ void tiny_plans_backward(const py::object& cost, const py::object& a, const py::
                     const int64_t size = view.problems * view.n * view.m;
                     void* const from = on_device<void>(reader, view, plan_gradient, size, "plan_gradient");
                     void* const to = on_device<void>(reader, view, cost_gradient, size, "cost_gradient");
-                    const int64_t bytes =
-                        tiny_plans_workspace_bytes(plans.problems, plans.n, plans.m, plans.single, plans.iterations);
-                    void* const memory = on_device<void>(reader, view, workspace, bytes, "workspace");
+                    void* const memory = reinterpret_cast<void*>(workspace);
                     launch_on_gpu(view.device.id, [&] {
                       if constexpr (kWithCuda) return cuda::launch_tiny_plans_backward(plans, from, to, memory, stream);
                       return Status();

@@ -70,7 +70,7 @@ def transport_solve_on_gpu(
     sinkhorn: bool,
     warm: bool,
     single_step: bool,
-    workspace: Any,
+    workspace: int,
     stream: int,
 ) -> None: ...
 def tiny_plans(
@@ -87,7 +87,7 @@ def tiny_plans_backward(
     iterations: int,
     plan_gradient: Any,
     cost_gradient: Any,
-    workspace: Any,
+    workspace: int,
     stream: int,
 ) -> None: ...
 

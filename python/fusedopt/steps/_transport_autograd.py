@@ -122,5 +122,6 @@ class TinyPlans(torch.autograd.Function):
             (problems, n, m), single = cost.shape, cost.dtype == torch.float32
             size = _C.tiny_plans_workspace_bytes(problems, n, m, single, iterations)
             memory = torch.empty(size, dtype=torch.uint8, device=cost.device)
-            _C.tiny_plans_backward(cost, a, b, reg, iterations, up, grad, memory, stream(cost))
+            address = memory.data_ptr()
+            _C.tiny_plans_backward(cost, a, b, reg, iterations, up, grad, address, stream(cost))
         return grad, None, None, None, None

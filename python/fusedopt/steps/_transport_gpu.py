@@ -50,7 +50,7 @@ def launch_cuda(
         method == "sinkhorn",
         start is not None,
         tol == 0,
-        workspace,
+        workspace.data_ptr(),
         stream(given.cost),
     )
     found = np.array(facts.cpu().numpy())  # waits for the solve
