@@ -18,6 +18,13 @@ namespace {
 constexpr int kDepth = 32, kStages = 4;
 constexpr int kChunkElements = 8;  // 16 bytes
 
+// Thread blocks of large tiles that shared memory has room for.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
+constexpr int kResident = 1;
+#else
+constexpr int kResident = 2;
+#endif
+
 template <int kSide>
 struct Shape {
   static constexpr int kThreads = kSide == 128 ? 256 : 128;
@@ -233,7 +240,7 @@ struct Tile {
 };
 
 template <typename Codec, int kSide, bool kSymmetric>
-__global__ void __launch_bounds__(Shape<kSide>::kThreads, kSide == 128 ? 2 : 4)
+__global__ void __launch_bounds__(Shape<kSide>::kThreads, kSide == 128 ? kResident : 4)
     tensor_product_kernel(Product<Codec> product) {
   DYNAMIC_SMEM(uint16_t, shared);
   select_matrix(product, blockIdx.y);
