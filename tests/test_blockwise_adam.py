@@ -48,7 +48,6 @@ OWN = [
     ("row", (2, 66_000)),
     ("column", (40_000, 2)),
     ("column", (9, 8001)),
-    ("column", (520, 517)),  # several layers of rows
     (Transposed(Heads(n=2)), (40, 2600)),
     (Transposed("tensor"), (40, 2600)),
     (Transposed([(slice(0, 1300), "tensor"), (slice(1300, None), "row")]), (60, 2600)),
@@ -177,6 +176,11 @@ def test_fifty_steps_against_float64(backend, kind):
     kind, shapes = cases(kind)
     steps = 50 if sum(map(math.prod, shapes)) < 50_000 else 20
     check_steps(kind, shapes, (torch.float32,) * 3, backend, steps)
+
+
+def test_columns_of_several_layers():
+    """Rows that go four at a time, their leftovers, and sums of more than one unit of rows."""
+    check_steps("column", [(520, 517), (7, 260)], (torch.float32,) * 3, steps=3)
 
 
 def states_of(param):
