@@ -1,6 +1,6 @@
 // Tiny plans: P = diag(u) K diag(v), K = exp(-C / reg), from u = 1 by v = b / (K' u), u = a / (K v), again and again.
 //
-// A matrix of up to 4 x 4 is one thread's, in registers; one of up to 8 x 8 that of eight threads, a row each. Rows and
+// A float matrix of up to 4 x 4 is one thread's, in registers; any other that of eight threads, a row each. Rows and
 // columns of K are scaled to a largest entry of 1, which changes no plan and lets costs differ by 80 reg in float and
 // 600 reg in double. 8 bytes per element in float, 2 n m (iterations + 1) multiply-adds per problem: at 20 iterations
 // of 4 x 4 the arithmetic takes about as long as the memory.
@@ -270,7 +270,8 @@ __global__ void __launch_bounds__(kTinyThreads, sizeof(S) == 8 ? 2 : 4)
   if (p.exists) p.kernel.store(static_cast<S*>(plans.plan) + p.offset, plans.n, plans.m, p.whole);
 }
 
-bool is_small(const TinyPlans& plans) { return plans.n <= 4 && plans.m <= 4; }
+// One thread's: in float only, for in double it would be a third of all machine code here.
+bool is_small(const TinyPlans& plans) { return plans.single && plans.n <= 4 && plans.m <= 4; }
 
 bool aligned(const void* address) { return reinterpret_cast<uintptr_t>(address) % 16 == 0; }
 
@@ -279,11 +280,13 @@ Status launch_in(const TinyPlans& plans, bool whole, const TinyGradient<S>& grad
   if (plans.n < 1 || plans.m < 1 || plans.n > kTinySize || plans.m > kTinySize || plans.iterations < 1)
     return {"tiny plans have up to 8 rows and columns, and at least one iteration"};
   if (plans.problems == 0) return {};
-  const int64_t sharers = is_small(plans) ? 1 : 8;
-  const int64_t blocks = (plans.problems * sharers + kTinyThreads - 1) / kTinyThreads;
+  const bool small = is_small(plans);
+  const int64_t blocks = (plans.problems * (small ? 1 : kTinySize) + kTinyThreads - 1) / kTinyThreads;
   if (blocks > 0x7fffffff) return {"more problems than one launch takes"};
-  return status_of(launch(is_small(plans) ? tiny_plans_kernel<S, 4, 4> : tiny_plans_kernel<S, 8, 1>,
-                          dim3(unsigned(blocks)), dim3(kTinyThreads), 0, stream, plans, whole, gradients));
+  auto* kernel = tiny_plans_kernel<S, kTinySize, 1>;
+  if constexpr (sizeof(S) == sizeof(float))
+    if (small) kernel = tiny_plans_kernel<S, 4, 4>;
+  return status_of(launch(kernel, dim3(unsigned(blocks)), dim3(kTinyThreads), 0, stream, plans, whole, gradients));
 }
 
 }  // namespace

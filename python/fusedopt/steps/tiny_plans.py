@@ -26,7 +26,7 @@ def tiny_plans(
 
     Each iteration makes the columns exact, then the rows; nothing looks whether they agree by then.
     With ``cost=-logits``, marginals of ones and ``reg=1`` these are the doubly stochastic mixing
-    matrices of hyper-connections. A matrix is one thread's, in registers; up to 4 x 4 is fastest.
+    matrices of hyper-connections. A float32 matrix of up to 4 x 4 is one thread's, others eight's.
 
     Args:
         cost: ``(..., n, m)`` with ``n`` and ``m`` at most 8; float32 or float64, in which all is
