@@ -23,7 +23,6 @@ from fusedopt.steps.sinkhorn_newton_sparse import (
     sinkhorn_step,
     sns_newton_step,
 )
-from fusedopt.steps.tiny_plans import tiny_plans
 
 __all__ = [
     "adamw_step",
@@ -44,7 +43,6 @@ __all__ = [
     "sinkhorn_step",
     "sns_newton_step",
     "supports",
-    "tiny_plans",
 ]
 
 __version__: str = importlib.metadata.version("fusedopt")

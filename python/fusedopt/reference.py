@@ -8,7 +8,6 @@ from fusedopt.references.sinkhorn_knopp import sinkhorn_knopp
 from fusedopt.references.sinkhorn_newton_sparse import (
     SinkhornResult,
     sinkhorn_newton_sparse,
-    tiny_plans,
 )
 
 __all__ = [
@@ -24,5 +23,4 @@ __all__ = [
     "normuon_step",
     "sinkhorn_knopp",
     "sinkhorn_newton_sparse",
-    "tiny_plans",
 ]

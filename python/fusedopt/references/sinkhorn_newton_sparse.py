@@ -264,31 +264,3 @@ def _paper_line_search(
         if step < 1e-6:
             break
     return step
-
-
-def tiny_plans(
-    cost: NDArray[Any],
-    a: NDArray[Any] | None = None,
-    b: NDArray[Any] | None = None,
-    *,
-    reg: float,
-    iterations: int = 20,
-) -> NDArray[Any]:
-    """Plans after some Sinkhorn iterations from ``u = 1``, columns first; ``(..., n, m)``."""
-    n, m = cost.shape[-2:]
-    with np.errstate(divide="ignore"):
-        log_a = np.log(np.full(n, 1 / n) if a is None else a)
-        log_b = np.log(np.full(m, 1 / m) if b is None else b)
-    kernel = -np.asarray(cost, dtype=np.float64) / reg
-    log_u = np.where(np.isfinite(log_a), np.zeros(cost.shape[:-1]), -np.inf)
-    for _ in range(iterations):
-        log_v = log_b - _log_sum_along(kernel + log_u[..., :, None], -2)
-        log_u = log_a - _log_sum_along(kernel + log_v[..., None, :], -1)
-    return np.asarray(np.exp(log_u[..., :, None] + kernel + log_v[..., None, :]))
-
-
-def _log_sum_along(x: NDArray[Any], axis: int) -> NDArray[Any]:
-    top = x.max(axis, keepdims=True)
-    top[~np.isfinite(top)] = 0
-    with np.errstate(divide="ignore"):
-        return np.asarray(np.log(np.exp(x - top).sum(axis)) + top.squeeze(axis))

@@ -122,16 +122,16 @@ def like(array: Any, values: Any) -> Any:
     return values
 
 
-def check_device(cost: Any, backend: str) -> None:
-    """Whether the backend can read the cost where it lies.
+def check_device(array: Any, backend: str, name: str = "cost") -> None:
+    """Whether the backend can read an array where it lies.
 
     Raises:
         ValueError: it can't.
     """
-    on_gpu = backends.device_type(cost, "cost") == "cuda"
+    on_gpu = backends.device_type(array, name) == "cuda"
     if backend != "reference" and on_gpu != (backend in backends.GPU):
         place = "a GPU" if on_gpu else "the CPU"
-        raise ValueError(f"cost is on {place}, but backend {backend!r} was asked for")
+        raise ValueError(f"{name} is on {place}, but backend {backend!r} was asked for")
 
 
 def describe(name: str, array: Any) -> str:

@@ -14,9 +14,6 @@ from typing import Any
 
 import torch
 
-from fusedopt import _C
-from fusedopt.steps._transport_gpu import stream
-
 _SOLVED = 1e-6  # a residual beyond it is worth a warning
 
 
@@ -98,30 +95,3 @@ class Potentials(torch.autograd.Function):
                 each = each + gauge.masked_fill(mass == 0, 0)
                 grads[i] = (each.sum(0) if wanted.ndim == 1 else each).to(wanted.dtype)
         return *grads, None, None, None, None
-
-
-class TinyPlans(torch.autograd.Function):
-    """Plans of tiny matrices on a GPU; the way back runs the iterations again."""
-
-    @staticmethod
-    def forward(ctx: Any, cost: Any, a: Any, b: Any, reg: float, iterations: int) -> Any:
-        ctx.save_for_backward(cost, a, b)
-        ctx.options = reg, iterations
-        plan = torch.empty_like(cost)
-        if cost.numel():
-            _C.tiny_plans(cost, a, b, reg, iterations, plan, stream(cost))
-        return plan
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, up: Any) -> Any:
-        cost, a, b = ctx.saved_tensors
-        grad, up = torch.empty_like(cost), up.contiguous()
-        if cost.numel():
-            reg, iterations = ctx.options
-            (problems, n, m), single = cost.shape, cost.dtype == torch.float32
-            size = _C.tiny_plans_workspace_bytes(problems, n, m, single, iterations)
-            memory = torch.empty(size, dtype=torch.uint8, device=cost.device)
-            address = memory.data_ptr()
-            _C.tiny_plans_backward(cost, a, b, reg, iterations, up, grad, address, stream(cost))
-        return grad, None, None, None, None

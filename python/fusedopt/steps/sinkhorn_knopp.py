@@ -8,7 +8,8 @@ import numpy as np
 from fusedopt import _C, _arrays, backends
 from fusedopt._threads import get_num_threads
 from fusedopt.references import sinkhorn_knopp as reference
-from fusedopt.steps._transport import describe, is_torch
+from fusedopt.steps._transport import check_device, describe, is_torch
+from fusedopt.steps._transport_gpu import stream
 
 DTYPES = frozenset({"float32", "float64"})
 MOST_ROWS, MOST_ITERATIONS = 8, 100
@@ -27,7 +28,8 @@ def sinkhorn_knopp(logits: Any, *, iterations: int = 20, backend: str | None = N
             lies below its row's largest by more than exp can hold (87 in float32) counts as zero,
             and a column of nothing else becomes NaN.
         iterations: 1 to 100.
-        backend: ``"cpu"``, ``"reference"``, or ``None``: by where the logits are.
+        backend: ``"cpu"``, ``"cuda"``, ``"reference"``, or ``None``: by where the logits are; on a
+            GPU they are a torch tensor, and the kernels work on transposed copies.
 
     Returns:
         An array like ``logits``. For torch it has gradients: exactly those of the iterations, which
@@ -51,7 +53,11 @@ def sinkhorn_knopp(logits: Any, *, iterations: int = 20, backend: str | None = N
         raise TypeError(f"iterations is {iterations!r}, expected a whole number")
     if not 1 <= iterations <= MOST_ITERATIONS:
         raise ValueError(f"iterations is {iterations}, expected 1 to {MOST_ITERATIONS}")
-    launch = OPERATION.launchers[backends.choose(OPERATION, backend, [logits])]
+    name = backends.choose(OPERATION, backend, [logits])
+    check_device(logits, name, "logits")
+    if name == "cuda" and not is_torch(logits):
+        raise TypeError(f"{describe('logits', logits)}: on a GPU expected a tensor of torch")
+    launch = OPERATION.launchers[name]
     if is_torch(logits) and logits.requires_grad:
         from fusedopt.steps._knopp_autograd import Knopp
 
@@ -85,8 +91,27 @@ def _launch_reference(logits: Any, up: Any, iterations: int) -> Any:
     return result.astype(np.asarray(logits).dtype)
 
 
-OPERATION = backends.register(
-    backends.Operation(
-        "sinkhorn_knopp", {"cpu": _launch_cpu, "reference": _launch_reference}, DTYPES
-    )
-)
+def _launch_cuda(logits: Any, up: Any, iterations: int) -> Any:
+    """The kernels scale columns first and take minus the logits: they get the transposes."""
+    torch = sys.modules["torch"]
+    n, m = logits.shape[-2:]
+
+    def turned(x: Any) -> Any:
+        return x.detach().reshape(-1, n, m).mT.contiguous()
+
+    cost = turned(-logits)
+    result, like = torch.empty_like(cost), {"dtype": cost.dtype, "device": cost.device}
+    if cost.numel():
+        given = (cost, torch.full((m,), n / m, **like), torch.ones(n, **like), 1.0, iterations)
+        if up is None:
+            _C.tiny_plans(*given, result, stream(cost))
+        else:
+            single = cost.dtype == torch.float32
+            size = _C.tiny_plans_workspace_bytes(len(cost), m, n, single, iterations)
+            memory = torch.empty(size, dtype=torch.uint8, device=cost.device)
+            _C.tiny_plans_backward(*given, turned(-up), result, memory.data_ptr(), stream(cost))
+    return result.mT.contiguous().reshape(logits.shape)
+
+
+LAUNCHERS = {"cpu": _launch_cpu, "cuda": _launch_cuda, "reference": _launch_reference}
+OPERATION = backends.register(backends.Operation("sinkhorn_knopp", LAUNCHERS, DTYPES))
