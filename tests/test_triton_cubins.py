@@ -56,11 +56,11 @@ def test_resources(name, arch):
 def test_products_run_on_tensor_cores(name):
     """By wgmma on Hopper, by mma.sync before it; float32 is never multiplied as TF32."""
     half = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "sm_120": "HMMA"}
-    double = {"sm_80": "DMMA", "sm_90": "DMMA", "sm_100": "DMMA", "sm_120": "DMMA"}
+    double = dict.fromkeys(("sm_80", "sm_90", "sm_100"), "DMMA")
     ops = {"fp16": half, "bf16": half, "fp64": double, "fp32": {}}[name.split()[1].strip(",")]
     for arch, row in BUDGET["kernels"][name].items():
         found = [op for op in cubins.TENSOR_OPS if op in row]
-        assert found == ([ops[arch]] if ops else []), arch
+        assert found == ([ops[arch]] if arch in ops else []), arch
         assert row["shared"] <= cubins.SHARED_LIMIT[int(arch.removeprefix("sm_"))]
         assert row["stores_128"] > 0
 

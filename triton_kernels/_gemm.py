@@ -49,9 +49,6 @@ class Tiles:
         return min(8, max(1, elements // self.each))
 
 
-ROOMY = (80, 87, 90, 100, 103, 110)  # architectures with at least 163 KB of shared memory
-
-
 def tiles_for(n: int, m: int, dtype: torch.dtype, arch: int) -> Tiles:
     """The tiles for n x m matrices, n <= m.
 
@@ -61,7 +58,7 @@ def tiles_for(n: int, m: int, dtype: torch.dtype, arch: int) -> Tiles:
         edge, width = _edge(n, 64), _edge(m, 64)
         return Tiles(edge, width, 16, 2, 512 if dtype == torch.float64 else 1024)
     edge = _edge(n, 128 if n >= 3 * 128 else 64)  # a lone tile would save nothing by symmetry
-    wide = arch in ROOMY and edge == 128 and m >= 2048
+    wide = arch == 90 and edge == 128 and m >= 2048  # elsewhere it would spill, or not fit
     width, stages = _edge(m, 256 if wide else 128), 3 if edge >= 64 else 2
     return Tiles(edge, width, min(edge, 64), stages, 1024)
 
