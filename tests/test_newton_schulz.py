@@ -53,6 +53,14 @@ def as_tensor(g):
     return (tensor.view(torch.bfloat16) if bfloat16 else tensor).to(where.device)
 
 
+def last_bits():
+    """What float32 may be off where one singular value is all, and the plain formula lucky.
+
+    On a GPU the norm goes into two factors of the first products, each with a rounding of its own.
+    """
+    return (4 if on_gpu() else 2) * ulp("float32")
+
+
 def newton_schulz(g, **options):
     """Of a NumPy array; by way of a tensor where that has to lie on a GPU."""
     if not on_gpu():
@@ -70,7 +78,7 @@ def test_float32_is_as_accurate_as_the_plain_formula(family, coefficients):
     """Also what auto takes: it is never the less stable method."""
     g = INPUTS[family]
     want = reference.newton_schulz(g, coefficients=coefficients)
-    bound = 2 * plain_error(g, coefficients, want) + 2 * ulp("float32")
+    bound = 2 * plain_error(g, coefficients, want) + last_bits()
     for method in ("standard", "auto"):
         got = newton_schulz(g, coefficients=coefficients, method=method)
         assert got.dtype == np.float32 and error(got, want) <= bound, method
@@ -82,7 +90,7 @@ def test_float32_is_as_accurate_as_the_plain_formula(family, coefficients):
 def test_gram_form_is_as_accurate_as_its_plain_formula(family, coefficients):
     g = INPUTS[family]
     want = reference.newton_schulz(g, coefficients=coefficients)
-    bound = 2 * plain_error(g, coefficients, want, gram=True) + 2 * ulp("float32")
+    bound = 2 * plain_error(g, coefficients, want, gram=True) + last_bits()
     got = newton_schulz(g, coefficients=coefficients, method="gram")
     assert error(got, want) <= bound
 

@@ -6,6 +6,7 @@
 
 #include "common/dtype.h"
 #include "common/newton_schulz.h"
+#include "cuda/newton_schulz/product.h"
 #include "math/newton_schulz.h"
 
 namespace fusedopt::cuda {
@@ -48,8 +49,8 @@ struct Batch {
   int64_t n, m, count;
   int64_t x_stride, square_stride;  // from row to row, in elements
   Stored* x[2];
-  Stored* squares[5];  // n x n each; the standard form has two
-  S* scales;           // 1 / ||X||, by which X is to be multiplied until the first product that makes a new X
+  Stored* squares[5];    // n x n each; the standard form has two
+  Scale<Codec>* scales;  // 1 / ||X||, by which X is to be multiplied until the first product that makes a new X
   Turn* turns;
   Finding* findings;  // [count][chunks]
   double* sums;       // of squares, [count][tiles]

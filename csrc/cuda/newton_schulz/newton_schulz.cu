@@ -96,7 +96,7 @@ class Iteration {
     product.c = product.beta == 0 ? nullptr : product.c;
     then(launch_product(product, symmetric, batch_.count, stream_));
   }
-  const S* scales() const { return scaled_ ? nullptr : batch_.scales; }
+  const Scale<Codec>* scales() const { return scaled_ ? nullptr : batch_.scales; }
 
   // out <- alpha L R + beta C, all n x n and symmetric.
   void multiply_squares(const Stored* left, const Stored* right, S alpha, const Stored* c, S beta, Stored* out) {

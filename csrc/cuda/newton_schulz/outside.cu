@@ -292,8 +292,8 @@ Status launch_normalize(const OuterMatrices& in, const Batch<Codec>& batch, DTyp
   status = status_of(launch(newton_schulz_load_kernel<Codec>, dim3(unsigned(batch.tiles()), count), dim3(kThreads), 0,
                             stream, in, LoadArguments<Codec>{batch, dtype}));
   if (!status) return status;
-  return status_of(launch(newton_schulz_scale_kernel<typename Batch<Codec>::S>, dim3(count), dim3(kThreads), 0, stream,
-                          batch.sums, batch.tiles(), batch.scales));
+  return status_of(launch(newton_schulz_scale_kernel<Scale<Codec>>, dim3(count), dim3(kThreads), 0, stream, batch.sums,
+                          batch.tiles(), batch.scales));
 }
 
 template <typename Codec>

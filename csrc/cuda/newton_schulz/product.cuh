@@ -44,8 +44,9 @@ __device__ void select_matrix(Product<Codec>& product, int64_t matrix) {
   if (!product.scales) return;
   const auto scale = product.scales[matrix];
   const auto factor = product.power == 2 ? scale * scale : scale;
-  product.alpha *= factor;
-  product.beta *= factor;
+  using S = typename Product<Codec>::S;
+  product.alpha = S(product.alpha * factor);
+  product.beta = S(product.beta * factor);
 }
 
 template <typename Codec>
