@@ -21,7 +21,7 @@ from torch.nn import Parameter
 from bench import peers
 from bench.adamw import HYPER, VARIANTS, Shape, Variant, built
 from bench.harness import floor
-from bench.harness.answers import Expected
+from bench.harness.answers import Expected, pick
 from bench.harness.machine import set_threads
 from bench.harness.options import Options
 from bench.harness.timing import Case, Contestant
@@ -122,15 +122,19 @@ class Problem:
                 result[0], [self.grads[i].double().cpu().numpy() for i in small], *result[1:],
                 partitions=[self.kinds[i] for i in small], step=number, **HYPER,
             )  # fmt: skip
-        exact = torch.cat([torch.as_tensor(p).reshape(-1) for p in result.params])
+        exact = pick([torch.as_tensor(p) for p in result.params])
         plain = exact.to(self.variant.param).double()  # rounding the answer: one ulp is added
         allowed = (
             4 * (plain - exact).abs().max() + 8 * exact.abs() * torch.finfo(self.variant.param).eps
         )
         expected = Expected("parameters", exact, allowed)
+<<<<<<< HEAD
         return expected.complaint(
             [torch.cat([self.params[i].detach().cpu().reshape(-1) for i in small])]
         )
+=======
+        return expected.complaint([self.params[i] for i in small])
+>>>>>>> 2b080b0 (bench: blockwise Adam's answers are picked as the others' are)
 
     def _no_blocks(self, i: int) -> Any:
         from fusedopt.partitions import block_count
