@@ -128,13 +128,7 @@ class Problem:
             4 * (plain - exact).abs().max() + 8 * exact.abs() * torch.finfo(self.variant.param).eps
         )
         expected = Expected("parameters", exact, allowed)
-<<<<<<< HEAD
-        return expected.complaint(
-            [torch.cat([self.params[i].detach().cpu().reshape(-1) for i in small])]
-        )
-=======
-        return expected.complaint([self.params[i] for i in small])
->>>>>>> 2b080b0 (bench: blockwise Adam's answers are picked as the others' are)
+        return expected.complaint([self.params[i].detach().cpu() for i in small])
 
     def _no_blocks(self, i: int) -> Any:
         from fusedopt.partitions import block_count
