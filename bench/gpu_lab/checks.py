@@ -208,6 +208,7 @@ def _check_graph(
         step(2)  # compiles and loads what has to be
     device.synchronize()
     replay = device.capture(lambda: step(1))
+    what = f"graph {name} {backend or 'cpu'} {param} {state}"
     for number in range(_STEPS):
         for i in (0, 1):
             torch._foreach_mul_(sets[i][1], -0.5)
@@ -215,10 +216,12 @@ def _check_graph(
                 numbers[i]["lr"].mul_(0.9)
             if "found_inf" in numbers[i]:
                 numbers[i]["found_inf"].fill_(float(number == 2))
+        before = _moved(sets[0], device)
         step(0)
         replay()
+        if number == 2:
+            _require_same(f"{what}, found_inf", sets[0], before)
     device.synchronize()
-    what = f"graph {name} {backend or 'cpu'} {param} {state}"
     _require_same(what, sets[1], sets[0])
     for of in numbers[:2] if "step" in algorithm.numbers else []:
         if int(of["step"]) != _STEPS - 1:

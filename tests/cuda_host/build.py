@@ -125,7 +125,9 @@ def kernels_instantiated(library: Path, names: Iterable[str]) -> set[str]:
     function = re.compile(rf"(?:^|[\s:])(?:{'|'.join(map(re.escape, names))})(?:<.*>)?\(")
     symbols = _output(["nm", "--demangle", "--defined-only", str(library)]).splitlines()
     demangled = (line.split(" ", 2)[2] for line in symbols if line.split(" ", 2)[1] in "tTwW")
-    return {name for name in demangled if function.search(name) and ")::" not in name}
+    # What is declared within a function, a lambda or a struct, has its arguments in its name.
+    inner = re.compile(r"(?<!\(anonymous namespace)\)::")
+    return {name for name in demangled if function.search(name) and not inner.search(name)}
 
 
 def wheels() -> list[Path]:

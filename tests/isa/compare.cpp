@@ -186,15 +186,8 @@ int main() {
           std::vector<Bytes> arrays;
           for (int r = 0; r < 3; ++r) arrays.push_back(random_array(dtypes[r], matrix.numel(), false, false, rng));
           if (normuon) arrays.push_back(random_array(dtypes[3], matrix.lines(), true, false, rng));
-          const MuonOptions options = {1e-2,
-                                       0.1,
-                                       variant & 16 ? 0.3 : 0.95,
-                                       0.9,
-                                       bool(variant & 4),
-                                       false,
-                                       true,
-                                       bool(variant & 8),
-                                       MuonScale::kNone};
+          const MuonOptions options = {1e-2,  0.1,  variant & 16 ? 0.3 : 0.95, 0.9, bool(variant & 4),
+                                       false, true, bool(variant & 8)};
           const auto scalars = generic::muon_scalars(options, 0.37);
           ++compared;
           if (run_muon(avx2::kernels, arrays, dtypes, matrix, scalars) ==
