@@ -26,14 +26,15 @@ from cuda_host import build as shim
 
 HOST = -1
 EXCHANGE = "__dlpack_c_exchange_api__"
+AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c")
 ISAS = {  # as in CMakeLists.txt
     "portable": ["-DFUSEDOPT_PACK_BYTES=16"],
     "avx2": ["-DFUSEDOPT_PACK_BYTES=32", "-mavx2", "-mfma", "-mf16c"],
-    "avx512": [
-        "-DFUSEDOPT_PACK_BYTES=64",
-        *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"),
-    ],
+    "avx512": ["-DFUSEDOPT_PACK_BYTES=64", *AVX512],
+    "avx512_bf16": ["-DFUSEDOPT_PACK_BYTES=64", *AVX512, "-mavx512bf16"],
 }
+# Instruction sets that only some files of csrc/cpu are compiled for.
+PARTIAL = {"avx512_bf16": ("newton_schulz",)}
 # Files of csrc/cpu that are compiled once.
 WHOLE = ("isa", "launch", "muon_launch", "newton_schulz_launch", "threads")
 
@@ -60,7 +61,8 @@ def build_module(sanitize: str | None = None) -> Path:
     sources += [(path, ["-fvisibility=hidden"]) for path in cpu if path.stem in WHOLE]
     for isa, own in ISAS.items():
         own = [f"-DFUSEDOPT_TARGET={isa}", "-fvisibility=hidden", "-Wno-maybe-uninitialized", *own]
-        sources += [(path, own) for path in cpu if path.stem not in WHOLE]
+        each = [path for path in cpu if path.stem not in WHOLE]
+        sources += [(path, own) for path in each if path.stem in PARTIAL.get(isa, (path.stem,))]
     return shim.build(sources, sanitize=sanitize, flags=flags)
 
 
