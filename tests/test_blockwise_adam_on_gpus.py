@@ -116,4 +116,4 @@ def test_capturable_counts_on_the_device():
         p.grad = torch.randn_like(p)
         optimizer.step()
         assert float(optimizer.state[p]["step"]) == t
-    assert any("increment" in kernel for kernel, _, _ in fake_gpu.take_launches())
+    assert any("prepare" in kernel for kernel, _, _ in fake_gpu.take_launches())
