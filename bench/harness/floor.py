@@ -83,7 +83,7 @@ def _sweep(roles: list[Sequence[Tensor]], threads: int) -> Callable[[], None]:
     sizes = params[0].element_size(), firsts[0].element_size()
     count, mask = ctypes.c_int64(len(params)), ctypes.c_uint32(0)
 
-    def call() -> None:
+    def call(_kept_alive: object = roles) -> None:
         if run(count, numel, *tables, *sizes, ctypes.c_int64(threads), mask):
             raise ValueError(f"the floor knows no elements of {sizes} bytes")
 
