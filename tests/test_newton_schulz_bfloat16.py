@@ -11,8 +11,9 @@ import pytest
 from test_isa import AVX2, TWIN, build_library, x86_only
 from test_newton_schulz import INPUTS, SETS, error, plain_error, ulp
 
+import fusedopt
+from fusedopt import _C, reference
 from fusedopt import _newton_schulz_schedule as schedules
-from fusedopt import reference
 from where import not_on_fake
 
 pytestmark = [not_on_fake, x86_only]
@@ -90,3 +91,21 @@ def test_nan_gives_nan_and_zero_gives_zero(library, form):
     got = run(library, g, form=form).astype(np.float64)
     assert np.array_equal(got[0], np.zeros((20, 30))) and np.isnan(got[2]).all()
     assert np.isfinite(got[1]).all() and np.abs(got[1]).max() > 0
+
+
+@pytest.mark.skipif("avx512_bf16" not in _C.available_isas(), reason="no AVX512-BF16 here")
+@pytest.mark.parametrize("coefficients", SETS)
+def test_the_instruction_itself(coefficients):
+    before = _C.isa()
+    _C.set_isa("avx512_bf16")
+    try:
+        for family, values in INPUTS.items():
+            g = (values / (np.abs(values).max() or 1)).astype(BF16)
+            exact = g.astype(np.float64)
+            want = reference.newton_schulz(exact, coefficients=coefficients)
+            plain = plain_error(exact, coefficients, want, dtype="bfloat16")
+            for form in FORMS:
+                got = fusedopt.newton_schulz(g, coefficients=coefficients, method=form)
+                assert error(got.astype(np.float64), want) <= 2 * plain + ulp("bfloat16"), family
+    finally:
+        _C.set_isa(before)
